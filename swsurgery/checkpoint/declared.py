@@ -18,7 +18,9 @@ Config = Mapping[str, object]
 Part = Literal["attention", "mlp", "any"]
 """The part of a layer that a key of config.json concerns."""
 
-DEPTHS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "num_decoder_layers", "num_layers_per_stack")
+DEPTHS = (
+    "num_hidden_layers", "n_layer", "num_layers", "n_layers", "num_decoder_layers", "num_layers_per_stack", "layers",
+)  # fmt: skip
 """Keys that state the number of layers of a model with one list of layers."""
 
 LAYER_TYPES = ("layers_block_type", "layer_types", "hybrid_override_pattern")

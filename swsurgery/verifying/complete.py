@@ -24,6 +24,7 @@ from swsurgery.storage.folder import Folder
 from swsurgery.storage.gguf import MetadataValue
 from swsurgery.storage.numbers import format_size
 from swsurgery.verifying.complete_gguf import (
+    ARCHITECTURES,
     GgufHeader,
     check_gguf,
     explain_undecided,
@@ -31,7 +32,7 @@ from swsurgery.verifying.complete_gguf import (
     list_unexamined,
     make_declared_config,
 )
-from swsurgery.verifying.complete_layers import Lack, compare_layers, select_listed
+from swsurgery.verifying.complete_layers import Lack, compare_layers, list_incomparable, select_listed
 from swsurgery.verifying.complete_names import LayerList, Sorted, find_main_lists, sort_names
 from swsurgery.verifying.complete_outside import check_outside
 from swsurgery.verifying.findings import Finding
@@ -202,7 +203,8 @@ def _examine(survey: Survey) -> _Examined:
     found = sort_names(survey)
     lists = find_main_lists(found, declared.depths, checkpoint.config)
     undecided = _explain_undecided(checkpoint, declared, lists)
-    return _Examined(declared, _list_lacks(survey, declared, found, lists), undecided)
+    lacks = _list_lacks(survey, declared, found, lists)
+    return _Examined(declared, lacks, undecided, _list_alone(lists, declared, checkpoint.config, lacks))
 
 
 def _examine_gguf(survey: Survey, metadata: Mapping[str, MetadataValue]) -> _Examined:
@@ -225,7 +227,18 @@ def _examine_gguf(survey: Survey, metadata: Mapping[str, MetadataValue]) -> _Exa
     ]
     named = {lack.name for lack in lacks}
     lacks += [lack for lack in check_gguf(header, lists.get(""), depth) if lack.name not in named]
-    return _Examined(declared, lacks, unexamined=list_unexamined(header, depth))
+    alone = [] if header.architecture in ARCHITECTURES else _list_alone(lists, declared, config, lacks)
+    return _Examined(declared, lacks, unexamined=list_unexamined(header, depth) + alone)
+
+
+def _list_alone(
+    lists: Mapping[str, LayerList], declared: Declared, config: Mapping[str, object], lacks: Sequence[Lack]
+) -> list[str]:
+    """Describe the modules that cannot be compared with another layer; [] if tensors are missing in any case."""
+    if any(lack.rule == "tensor-missing" for lack in lacks):
+        return []  # a damaged layer has no peers either, and its findings say so
+    found = (list_incomparable(layers, declared.depths[side], config) for side, layers in lists.items())
+    return [what for what in found if what]
 
 
 def _explain_undecided(checkpoint: Checkpoint, declared: Declared, lists: dict[str, LayerList]) -> str | None:

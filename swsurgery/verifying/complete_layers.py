@@ -16,7 +16,7 @@ from typing import TypeVar
 
 from swsurgery.checkpoint.damage import find_gaps
 from swsurgery.checkpoint.declared import Declared
-from swsurgery.checkpoint.family import Layout
+from swsurgery.checkpoint.family import Layout, ProjectionKind
 from swsurgery.checkpoint.model_config import find_known_families
 from swsurgery.checkpoint.weight_files import MAX_LISTED
 from swsurgery.errors import pluralise
@@ -38,6 +38,9 @@ _ATTENTION = re.compile(r"attn|attention|mixer|mamba|conv|temporal|ssm")
 
 _STACKED = re.compile(r"(.*\.)?experts\.[a-z_0-9]+|(.*\.)?block_sparse_moe\.(in|out)put_linear\.weight")
 """The pattern of tensors that store all experts of a layer, with the experts as the first axis."""
+
+MAX_NAMED = 5
+"""Maximum number of modules that are named in a line about what was not examined."""
 
 _COMPARED_CLASSES = 8
 """Maximum number of kinds of layers that are compared with each layer. It bounds the time for hostile files."""
@@ -67,11 +70,14 @@ def compare_layers(
     kinds = _Kinds(declared if not side else None)
     lacks = [*_list_missing_layers(layers.prefix, inside, depth, declared.source)]
     absent = dict(_list_absent(inside, kinds))
-    for number, matrices in _list_absent_in_mlps(inside, config):
+    groups = _list_groups(config)
+    for number, matrices in _list_absent_in_mlps(inside, groups):
         absent[number] = dict.fromkeys(matrices, 0) | absent.get(number, {})
+    for number, matrices in _list_absent_mlps(inside, groups):
+        absent.setdefault(number, dict.fromkeys(matrices, 0))
     for number, patterns in sorted(absent.items()):
         for pattern, peers in sorted(patterns.items()):
-            why = f"{_count(peers, 'similar layer')} it" if peers else "the rest of its MLP is stored"
+            why = f"{_count(peers, 'similar layer')} it" if peers else "the layer has other tensors"
             near = _find_near(inside[number], pattern)
             lacks.append(
                 Lack("tensor-missing", f"{layers.prefix}{number}.{pattern}", f"is not stored, but {why}", near)
@@ -169,12 +175,30 @@ def find_subsets(sets: Mapping[K, frozenset[str]]) -> dict[K, tuple[frozenset[st
 # MLPs ---------------------------------------------------------------------------------------------------------------
 
 
-def _list_absent_in_mlps(
-    inside: Mapping[int, Mapping[str, object]], config: Mapping[str, object]
-) -> Iterator[tuple[int, tuple[str, ...]]]:
-    """Yield each layer that stores some matrices of an MLP but not all, with the patterns that it lacks."""
+Matrices = tuple[str, ...]
+"""The patterns of the matrices of one MLP: its down projection and its input projections."""
+
+
+def _list_groups(config: Mapping[str, object]) -> dict[Matrices, ProjectionKind]:
+    """Return the MLPs that the layers of the model's family may have, with their kinds; {} for an unknown family."""
     layouts = [layout for family in find_known_families(config) for layout in family.layouts]
-    groups = [_list_matrices(layout) for layout in layouts if layout.inputs is not None]
+    return {_list_matrices(layout): layout.kind for layout in layouts if layout.inputs is not None}
+
+
+def _list_absent_mlps(
+    inside: Mapping[int, Mapping[str, object]], groups: Mapping[Matrices, ProjectionKind]
+) -> Iterator[tuple[int, Matrices]]:
+    """Yield the layer without an MLP if all others have one, with the patterns of the dense MLP of the family."""
+    dense = [group for group, kind in groups.items() if kind == "dense"]
+    without = [n for n, layer in inside.items() if not any(pattern in layer for group in groups for pattern in group)]
+    if len(dense) == 1 and len(without) == 1 and len(inside) > 1:
+        yield without[0], dense[0]
+
+
+def _list_absent_in_mlps(
+    inside: Mapping[int, Mapping[str, object]], groups: Collection[Matrices]
+) -> Iterator[tuple[int, Matrices]]:
+    """Yield each layer that stores some matrices of an MLP but not all, with the patterns that it lacks."""
     if not groups:
         return
     for number, layer in inside.items():
@@ -186,7 +210,7 @@ def _list_absent_in_mlps(
             yield number, tuple(p for p in best if p not in layer)
 
 
-def _list_matrices(layout: Layout) -> tuple[str, ...]:
+def _list_matrices(layout: Layout) -> Matrices:
     """Return the patterns of the down projection and the input projections of one layout."""
     down = layout.name.partition("{layer}.")[2].replace("{expert}", "*")
     module, _, weight = down.removesuffix(".weight").rpartition(".")
@@ -317,6 +341,31 @@ def _list_other_stacks(inside: Mapping[int, Mapping[str, Sequence[Member]]], dec
 def _count(number: int, noun: str) -> str:
     """Return a counted noun and its verb, as in "1 peer has" and "2 peers have"."""
     return f"{pluralise(number, noun)} {'has' if number == 1 else 'have'}"
+
+
+def list_incomparable(layers: LayerList, depth: int, config: Mapping[str, object]) -> str | None:
+    """Describe the modules that only one of the layers 0 to `depth` - 1 has in this form; None if there are none.
+
+    Nothing shows whether such a module lacks a tensor, except in the MLPs of a known family.
+    """
+    known = {pattern for group in _list_groups(config) for pattern in group}
+    forms: dict[tuple[str, frozenset[str]], list[int]] = {}
+    for number, layer in layers.layers.items():
+        tops: dict[str, set[str]] = {}
+        for pattern in layer:
+            if number < depth and not _NOT_IN_EVERY_LAYER.fullmatch(pattern):
+                tops.setdefault(pattern.partition(".")[0], set()).add(pattern)
+        for top, patterns in tops.items():
+            if not patterns <= known:
+                forms.setdefault((top, frozenset(patterns)), []).append(number)
+    alone = sorted((numbers[0], top) for (top, _), numbers in forms.items() if len(numbers) == 1)
+    if not alone:
+        return None
+    named = [f"{layers.prefix}{number}.{top}" for number, top in alone]
+    listed = ", ".join(named[:MAX_NAMED]) + (f" and {len(named) - MAX_NAMED} more" if len(named) > MAX_NAMED else "")
+    return (
+        f"whether {listed} {'is' if len(named) == 1 else 'are'} complete, because no other layer has the same tensors"
+    )
 
 
 def select_listed(lacks: Iterable[Lack]) -> list[Lack]:

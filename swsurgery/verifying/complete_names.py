@@ -24,6 +24,7 @@ _EXPERT = re.compile(r"(?<=experts\.)(\d{1,5})(?=\.)", re.ASCII)
 _OTHER_TOWERS = re.compile(
     r"vision|visual|image|img|audio|speech|(^|[._])(vit|clip|mm|mtp|sam)[._]|projector|resampler|qformer|eagle|talker"
     r"|code2wav|token2wav|depth_decoder|connector|aligner|speaker|generation_(head|embeddings|aligner)"
+    r"|(^|\.)(perception|ctc_timestamp)\."
 )
 """The pattern of prefixes of modules that are no part of the language model."""
 

@@ -237,11 +237,47 @@ NO_FAULTS = {
 }  # fmt: skip
 """Name -> (further tensors, further keys of config.json)."""
 
+NO_FAULTS |= {
+    "Kosmos-2 calls the number of layers `layers`": (
+        {}, {"num_hidden_layers": None, "text_config": {"layers": LAYERS, "embed_dim": HIDDEN}},
+    ),
+    "NeMo has encoders of speech with more tensors than the language model": (
+        {f"{tower}.layers.{n}.{part}{k}.weight": (HIDDEN,) for tower in ("perception.encoder.asr_encoder",
+         "ctc_timestamp.decoder.transformer") for n in range(3) for part in "abcdefgh" for k in range(9)}, {},
+    ),
+}  # fmt: skip
+
 
 @pytest.mark.parametrize("name", NO_FAULTS)
 def test_what_some_architectures_store_is_no_fault(tmp_path, name):
     more, config = NO_FAULTS[name]
     assert errors(write_model(tmp_path, list_shapes() | more, config)) == []
+
+
+def test_the_only_dense_layer_has_the_mlp_of_its_family(tmp_path):
+    found = errors(write_model(tmp_path / "m", drop("layers.0.mlp.")))
+    assert {(rule, name) for rule, _, name in found} == {
+        ("tensor-missing", f"model.layers.0.mlp.{part}_proj.weight") for part in ("gate", "up", "down")
+    }
+    # A layer without an MLP that has the kind of others is reported once for each tensor that they have.
+    report = swsurgery.preflight(write_model(tmp_path / "n", drop("layers.2.mlp.")))
+    assert report.exit_code == 1 and len({f.tensor for f in report.findings}) == len(report.findings)
+
+
+def test_a_module_that_no_other_layer_has_is_not_examined(tmp_path, capsys):
+    shapes = list_shapes() | {"model.layers.3.mixer.in_proj.weight": (HIDDEN, HIDDEN)}
+    assert main(["preflight", str(write_model(tmp_path / "m", shapes))]) == 0
+    out = capsys.readouterr().out
+    assert "not examined: whether model.layers.3.mixer is complete, because no other layer has the same tensors" in out
+    assert main(["verify", str(tmp_path / "m"), "--complete", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["complete"]["not_examined"]) == 1
+    assert main(["preflight", str(write_model(tmp_path / "n"))]) == 0
+    assert "not examined" not in capsys.readouterr().out
+    # In a family without a table, the only dense MLP has no peers.
+    assert main(["preflight", str(write_model(tmp_path / "o", config={"model_type": "unknown"}))]) == 0
+    assert "whether model.layers.0.mlp is complete" in capsys.readouterr().out
+    report = swsurgery.preflight(write_model(tmp_path / "p", drop("layers.1.self_attn.q_proj")))
+    assert report.exit_code == 1 and report.complete.unexamined == ()
 
 
 # Quantised checkpoints -----------------------------------------------------------------------------------------------
