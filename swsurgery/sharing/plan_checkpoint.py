@@ -18,14 +18,16 @@ from swsurgery.checkpoint.opening import held, read_checkpoint
 from swsurgery.checkpoint.projections import find_short_form
 from swsurgery.checkpoint.record import RECORD_NAME, Patched, Record, find_record, read_record
 from swsurgery.checkpoint.record_entries import FileRecord
-from swsurgery.checkpoint.region_summary import count_changed
-from swsurgery.errors import ArchitectureError, CheckpointError, HubError, pluralise
+from swsurgery.errors import ArchitectureError, CheckpointError, HubError
 from swsurgery.hub.cards import read as read_card
 from swsurgery.hub.cards import render as render_card
 from swsurgery.hub.commit import Branch, find_branch, open_pull_requests, open_visible_tree
 from swsurgery.hub.remote import RemoteFile, RemoteTree, open_tree
 from swsurgery.progress import Progress
-from swsurgery.sharing import card
+from swsurgery.sharing.card import MAX_CARD, render_body
+from swsurgery.sharing.card_fields import FIELDS, list_omitted_fields, make_fields
+from swsurgery.sharing.card_tables import ShortForm
+from swsurgery.sharing.commit_text import summarise_edits
 from swsurgery.sharing.page import draw_record
 from swsurgery.sharing.publication import Item, Publication, Wish, is_published
 from swsurgery.storage.coordinate import Coordinate
@@ -87,10 +89,10 @@ def make_publication(
         published = _make_record(record, items, base)
         records = Patched(published, published.render(), patched.manifest_raw)
         text = read_base_card(planner, record, base)
-        base_fields, base_text = read_card(text, card.FIELDS)
-        notes += list_card_notes(card.list_omitted_fields(base_fields))
+        base_fields, base_text = read_card(text, FIELDS)
+        notes += list_card_notes(list_omitted_fields(base_fields))
         figure = draw_record(published)
-        body = card.render_body(
+        body = render_body(
             published,
             wish.repo_id,
             patched.manifest_raw,
@@ -99,7 +101,7 @@ def make_publication(
             find_short_forms(checkpoint, record),
             figure is not None,
         )
-        own = records.render_own_files() | {CARD_NAME: render_card(card.make_fields(published, base_fields), body)}
+        own = records.render_own_files() | {CARD_NAME: render_card(make_fields(published, base_fields), body)}
         own |= {FIGURE_NAME: figure} if figure else {}
         items += [planner.plan_own(name, data) for name, data in own.items()]
     message = wish.message or summarise_edits(record)
@@ -338,12 +340,12 @@ def read_base_card(planner: FilePlanner, record: Record, base: RemoteTree | None
     """
     here = planner.there.get(CARD_NAME)
     if here is not None and CARD_NAME in record.files and CARD_NAME not in planner.distrusted:
-        return read_at_most(here.source, 4 * card.MAX_CARD).decode("utf-8", "replace")
+        return read_at_most(here.source, 4 * MAX_CARD).decode("utf-8", "replace")
     theirs = base.files.get(join_base_path(record, CARD_NAME)) if base else None
     if theirs is None:
         return ""
     with contextlib.suppress(HubError):  # a gated repository permits listing files, but not reading them
-        return read_at_most(theirs, 4 * card.MAX_CARD).decode("utf-8", "replace")
+        return read_at_most(theirs, 4 * MAX_CARD).decode("utf-8", "replace")
     return ""
 
 
@@ -362,9 +364,9 @@ def list_loader_notes(names: Collection[str]) -> list[str]:
     ]
 
 
-def find_short_forms(checkpoint: Checkpoint, record: Record) -> dict[Coordinate, card.ShortForm]:
+def find_short_forms(checkpoint: Checkpoint, record: Record) -> dict[Coordinate, ShortForm]:
     """Return the short form (layer, row, column, expert) of each edited scalar that has one."""
-    found: dict[Coordinate, card.ShortForm] = {}
+    found: dict[Coordinate, ShortForm] = {}
     for entry in record.edits:
         with contextlib.suppress(ArchitectureError):
             if form := find_short_form(checkpoint.config, checkpoint.shapes, entry.coordinate):
@@ -422,14 +424,6 @@ def _choose_tag(
         notes.append(f"the tag {name} is not moved: it marks the first publication of this base")
         return None
     return name
-
-
-def summarise_edits(record: Record, changed: int | None = None) -> str:
-    """Summarise the edits in one line, for the commit's message. `changed` replaces the record's number of scalars."""
-    number, base = count_changed(record) if changed is None else changed, record.base
-    of = f" of {base.repo_id}" if base.repo_id else ""
-    at = f"@{base.revision[:12]}" if base.repo_id and base.revision else ""
-    return f"{pluralise(number, 'scalar')}{of}{at} changed"
 
 
 def _find_pull_request(plan: Publication) -> int | None:

@@ -26,7 +26,10 @@ from swsurgery.hub.commit import Branch
 from swsurgery.manifest import patch as patch_module
 from swsurgery.manifest.patch import Patch
 from swsurgery.progress import Progress
-from swsurgery.sharing import card, edit_source
+from swsurgery.sharing import edit_source
+from swsurgery.sharing.card import render_patch_body
+from swsurgery.sharing.card_fields import FIELDS, LICENCE, list_omitted_fields, make_patch_fields
+from swsurgery.sharing.commit_text import summarise_edits
 from swsurgery.sharing.edit_source import group_regions, is_inside
 from swsurgery.sharing.page import draw_record
 from swsurgery.sharing.plan_checkpoint import (
@@ -37,7 +40,6 @@ from swsurgery.sharing.plan_checkpoint import (
     list_base,
     list_card_notes,
     read_base_card,
-    summarise_edits,
 )
 from swsurgery.sharing.publication import Publication, Wish
 from swsurgery.storage.coordinate import Coordinate
@@ -79,10 +81,10 @@ def make_patch_publication(
     once = not patched.record.history
     manifest = patched.manifest_raw if once else patch_module.render_manifest(raw, Path(PATCH_NAME))
     planner = FilePlanner(checkpoint, patched.record, base, target, {f.file for f in findings}, False, progress)
-    base_fields, _ = read_card(read_base_card(planner, patched.record, base), card.FIELDS)
-    notes += list_card_notes(card.list_omitted_fields(base_fields, card.LICENCE))
+    base_fields, _ = read_card(read_base_card(planner, patched.record, base), FIELDS)
+    notes += list_card_notes(list_omitted_fields(base_fields, LICENCE))
     figure = draw_record(record)
-    body = card.render_patch_body(
+    body = render_patch_body(
         record,
         wish.repo_id,
         manifest,
@@ -95,7 +97,7 @@ def make_patch_publication(
     )
     made = {PATCH_NAME: raw, MANIFEST_NAME: manifest}
     made[SUMS_NAME] = "".join(f"{hashlib.sha256(made[n]).hexdigest()}  {n}\n" for n in sorted(made)).encode()
-    made[CARD_NAME] = render_card(card.make_patch_fields(record, base_fields), body)
+    made[CARD_NAME] = render_card(make_patch_fields(record, base_fields), body)
     made |= {FIGURE_NAME: figure} if figure else {}
     items = [planner.plan_own(name, data) for name, data in made.items()]
     message = wish.message or f"a patch: {summarise_edits(record, len(source.patch.scalars))}"

@@ -28,7 +28,7 @@ from swsurgery.hub import commit as hub
 from swsurgery.hub.commit import Branch, Conflict, Copy, CopyRefused, Draft, Sent
 from swsurgery.hub.remote import open_tree
 from swsurgery.progress import Progress, Reporter, require_reporter
-from swsurgery.sharing import card
+from swsurgery.sharing.commit_text import describe_edits
 from swsurgery.sharing.gate import check_gate, find_early, refuse_secrets
 from swsurgery.sharing.plan_checkpoint import make_publication
 from swsurgery.sharing.publication import Item, Publication, Wish, is_published
@@ -279,7 +279,7 @@ def _send(plan: Publication, say: Callable[[str], None]) -> tuple[Sent, int, int
         gone = [name for name, item in items.items() if item.how == "delete"]
         _refuse_public(plan)
         try:
-            sent = draft.send(copies, plan.base, gone, plan.message, card.describe(plan.record, plan.accepted))
+            sent = draft.send(copies, plan.base, gone, plan.message, describe_edits(plan.record, plan.accepted))
         except CopyRefused as error:
             say(f"the Hub did not copy {', '.join(error.names)} from {plan.base}: uploading instead")
             uploads = [replace(items[name], how="upload") for name in error.names]

@@ -15,7 +15,8 @@ from markdown_it import MarkdownIt
 from swsurgery.checkpoint.record import Record
 from swsurgery.checkpoint.record_entries import BaseRecord, EditRecord, FileRecord, ScalarRecord
 from swsurgery.hub import cards
-from swsurgery.sharing import card, markdown
+from swsurgery.sharing import card, card_fields, markdown
+from swsurgery.sharing.commit_text import describe_edits
 from swsurgery.sharing.page import draw_record
 from swsurgery.storage.coordinate import Coordinate
 from swsurgery.storage.names import FIGURE_NAME
@@ -60,7 +61,7 @@ def record(word: Callable[[], str] | None = None, **more: object) -> Record:
 
 def rendered(made: Record, base_fields: dict | None = None, **more: object) -> str:
     arguments = {"repo_id": "org/edited", "manifest": b"version: 1\n"} | more
-    return cards.render(card.make_fields(made, base_fields or {}), card.render_body(made, **arguments)).decode()
+    return cards.render(card_fields.make_fields(made, base_fields or {}), card.render_body(made, **arguments)).decode()
 
 
 def split(text: str) -> tuple[dict, str]:
@@ -149,8 +150,10 @@ def test_licence_language_task_and_tags_are_carried_over():
 def test_a_field_that_is_no_plain_text_is_not_carried_over_and_named(field, value):
     data, _ = split(rendered(record(), {field: value}))
     assert data.get(field) in (None, ["swsurgery", "super-weights"])
-    assert card.list_omitted_fields({field: value}) == [field]
-    assert card.list_omitted_fields({field: value}, card.LICENCE) == [field] * (field in card.LICENCE)
+    assert card_fields.list_omitted_fields({field: value}) == [field]
+    assert card_fields.list_omitted_fields({field: value}, card_fields.LICENCE) == [field] * (
+        field in card_fields.LICENCE
+    )
 
 
 @pytest.mark.parametrize(
@@ -163,25 +166,25 @@ def test_a_field_that_is_no_plain_text_is_not_carried_over_and_named(field, valu
 def test_any_line_is_carried_over_as_a_licences_name_and_stays_a_string(name):
     base = {"license": name, "license_name": name, "language": ["en", name]}
     data, _ = split(rendered(record(), base))
-    assert {field: data[field] for field in base} == base and card.list_omitted_fields(base) == []
+    assert {field: data[field] for field in base} == base and card_fields.list_omitted_fields(base) == []
 
 
 @pytest.mark.parametrize("written, codes", [("no", ["no"]), ("[en, no]", ["en", "no"]), ("[en, 'no']", ["en", "no"])])
 def test_norwegian_is_a_language(written, codes):
-    base, _ = cards.read(f"---\nlanguage: {written}\nlicense: other\n---\n", card.FIELDS)
+    base, _ = cards.read(f"---\nlanguage: {written}\nlicense: other\n---\n", card_fields.FIELDS)
     data, _ = split(rendered(record(), base))
-    assert data["language"] == codes and card.list_omitted_fields(base) == []
+    assert data["language"] == codes and card_fields.list_omitted_fields(base) == []
 
 
 def test_of_a_list_what_is_plain_is_carried_over_and_the_rest_is_named():
     base = {"language": ["en", "<b>"], "license": ["mit", 7], "tags": ["a", "b|c", "base_model:x/y"]}
     data, _ = split(rendered(record(), base))
     assert (data["language"], data["license"], data["tags"][0]) == (["en"], ["mit"], "a")
-    assert card.list_omitted_fields(base) == ["language", "license", "tags"]
+    assert card_fields.list_omitted_fields(base) == ["language", "license", "tags"]
     assert (
-        card.list_omitted_fields({"language": ["en"] * 200})
+        card_fields.list_omitted_fields({"language": ["en"] * 200})
         == []
-        != card.list_omitted_fields({"language": ["en"] * 201})
+        != card_fields.list_omitted_fields({"language": ["en"] * 201})
     )
 
 
@@ -247,7 +250,7 @@ def test_ten_thousand_hostile_strings_stay_text():
 
     while len(seen) < 10_000:
         begin = len(seen)
-        base_fields = {name: word() for name in card.FIELDS} | {"tags": [word()], "language": [word()]}
+        base_fields = {name: word() for name in card_fields.FIELDS} | {"tags": [word()], "language": [word()]}
         made = rendered(
             record(word), base_fields, base_card=word(), manifest=word().encode("utf-8", "replace"),
             accepted=[Finding("digest", word(), word())],
@@ -258,7 +261,7 @@ def test_ten_thousand_hostile_strings_stay_text():
 def inert(made: str, words: list[str]) -> None:
     """The card has its fields, its headings and its table, and nothing that the words brought."""
     data, body = split(made)
-    assert {"tags"} <= set(data) <= set(card.FIELDS), words
+    assert {"tags"} <= set(data) <= set(card_fields.FIELDS), words
     assert not set("<>") & set(made.removesuffix(body)), words
     assert all(isinstance(value, (str, list)) for value in data.values()), words
     found = tokens(body)
@@ -272,7 +275,7 @@ def inert(made: str, words: list[str]) -> None:
 def patch_card(made: Record, **more: object) -> str:
     arguments = {"manifest": b"version: 1\n", "patch_name": "patch.safetensors", "size": 900} | more
     return cards.render(
-        card.make_patch_fields(made, {}), card.render_patch_body(made, "org/edit", **arguments)
+        card_fields.make_patch_fields(made, {}), card.render_patch_body(made, "org/edit", **arguments)
     ).decode()
 
 
@@ -308,7 +311,7 @@ def test_a_thousand_hostile_strings_stay_text_in_a_patchs_card():
             record(word), manifest=word().encode("utf-8", "replace"), accepted=[Finding("digest", word(), word())]
         )
         data, body = split(made)
-        assert set(data) <= set(card.FIELDS), seen
+        assert set(data) <= set(card_fields.FIELDS), seen
         found = tokens(body)
         assert not {t.type for t in found} & {"html_block", "html_inline", "link_open", "image", "s_open"}, seen
         assert [t.tag for t in found if t.type == "heading_open"].count("h2") in (6, 7), seen
@@ -337,14 +340,14 @@ def test_escaping_says_what_was_there():
     ],
 )
 def test_front_matter_is_read_as_far_as_it_can_be(front, fields, capsys, caplog):
-    found, below = cards.read(front, card.FIELDS)
+    found, below = cards.read(front, card_fields.FIELDS)
     assert below == "below" and (fields is None or found == fields)
     assert capsys.readouterr().err == "" and caplog.text == ""
 
 
 def test_a_commits_description_is_lines():
     edit = record(lambda: "x\ny").edits[0]
-    text = card.describe(record(edits=[edit] * 30), [Finding("digest", "a\nb", "c")])
+    text = describe_edits(record(edits=[edit] * 30), [Finding("digest", "a\nb", "c")])
     assert len(text.splitlines()) == 20 + 1 + 1 + 1
     assert "accepted: digest: c: a\\nb" in text and "and 10 more" in text
 

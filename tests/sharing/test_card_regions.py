@@ -12,7 +12,8 @@ from test_card import hostile, split, table, tokens
 import swsurgery
 from swsurgery.checkpoint.record import Record
 from swsurgery.hub import cards
-from swsurgery.sharing import card
+from swsurgery.sharing import card, card_fields
+from swsurgery.sharing.commit_text import describe_edits
 
 EDITS = (
     {"op": "zero", "layer": 1, "row": 2},
@@ -31,7 +32,7 @@ def apply(folder: Path, *edits: dict, **options) -> Record:
 
 def render(record: Record, **more: object) -> tuple[dict, str]:
     body = card.render_body(record, "org/edited", b"version: 1\n", **more)
-    return split(cards.render(card.make_fields(record, {}), body).decode())
+    return split(cards.render(card_fields.make_fields(record, {}), body).decode())
 
 
 def test_each_edit_of_regions_is_one_row(tmp_path):
@@ -49,7 +50,7 @@ def test_each_edit_of_regions_is_one_row(tmp_path):
     assert table(body, "Protected regions: the same bits as in the base")[1] == ["L0 column 3", "6", down(0)]
     assert f"which are in `swsurgery.json` and `{UNDO}`, put back" in body
     assert "swsurgery revert DIRECTORY" in body
-    lines = card.describe(record, ()).splitlines()
+    lines = describe_edits(record, ()).splitlines()
     assert "zero L1 row 2: 10 of 10 scalars changed in 1 tensor" in lines
 
 
@@ -76,7 +77,7 @@ def test_many_edits_are_left_to_the_record(tmp_path):
     )
     _, body = render(many)
     assert "and 100 more, all in" in body
-    assert len(card.describe(many, ()).splitlines()) == 22
+    assert len(describe_edits(many, ()).splitlines()) == 22
 
 
 def test_a_thousand_hostile_words_stay_text(tmp_path):
@@ -103,6 +104,6 @@ def test_a_thousand_hostile_words_stay_text(tmp_path):
         controls = {c for c in body if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") and c != "\n"}
         assert not controls, words[-20:]
         assert [len(row) for row in table(body, "What was changed")] == [10, 10, 6, 6, 6, 6], words[-20:]
-        described = card.describe(made, ())
+        described = describe_edits(made, ())
         assert all(line.isprintable() for line in described.splitlines())
         assert len(described.splitlines()) == len(described.split("\n"))

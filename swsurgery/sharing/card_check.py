@@ -1,0 +1,52 @@
+"""Render the sanity check of a record for a card."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from swsurgery.sharing.markdown import escape, render_code, render_table
+from swsurgery.storage.names import FIGURE_NAME
+from swsurgery.storage.numbers import NO_COMMAS, format_number
+
+_FIGURE = f"![Perplexity of base and patched model, and the largest hidden state after each layer]({FIGURE_NAME})"
+"""The line of Markdown that shows the figure of the check."""
+
+
+def render_check(check: Mapping[str, Any], has_figure: bool) -> list[str]:
+    """Render what was checked and its result. `has_figure` is True if the repository has the figure of the check."""
+    return [_describe(check), *([_FIGURE] if has_figure else [])]
+
+
+def _describe(check: Mapping[str, Any]) -> str:
+    kind, reason = check.get("kind"), check.get("reason")
+    why = f" ({escape(reason)})" if reason else ""
+    if kind == "off":
+        return f"No check was made{why}."
+    if kind != "forward":
+        return f"The weights were read back: exactly the scalars above differ. The model was not run{why}."
+    rows = []
+    for name in ("perplexity", "loss"):
+        sides = [check[side].get(name) if isinstance(check.get(side), dict) else None for side in ("base", "patched")]
+        if any(side is not None for side in sides):
+            rows.append([name, *map(_format_value, sides)])
+    mass = check.get("stopword_mass")
+    if isinstance(mass, dict):
+        rows.append(["stopword mass", _format_value(mass.get("base")), _format_value(mass.get("patched"))])
+    text = check.get("text")
+    tokens = text.get("scored_tokens") if isinstance(text, dict) else None
+    lines = [
+        "Base and patched model on the same text, side by side:",
+        render_table(("figure", "base", "patched"), rows),
+        f"Perplexity ratio {_format_value(check.get('perplexity_ratio'))}, "
+        f"KL divergence {_format_value(check.get('kl'))}, over {_format_value(tokens)} tokens; "
+        f"device {render_code(check.get('device'))}, dtype "
+        f"{render_code(check.get('dtype'))}. Verdict: {'passed' if check.get('ok') is True else '**failed**'}.",
+    ]
+    return "\n\n".join(lines)
+
+
+def _format_value(value: object) -> str:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return render_code(value)
+    return format_number(value, 6, NO_COMMAS)
