@@ -18,14 +18,14 @@ class Pool:
     """Up to `threads` threads that start submitted calls in order. Leaving the `with` block waits for all calls.
 
     A limit on processes or memory can prevent a thread from starting. The threads that did start then make all calls.
-    If no thread started, `submit` makes each call itself. If `threads` is 1 or less, no thread is started.
+    If no thread started, `submit` makes each call itself. If `threads` is less than `least`, no thread is started.
     """
 
-    def __init__(self, threads: int, name: str = "swsurgery"):
+    def __init__(self, threads: int, name: str = "swsurgery", *, least: int = 2):
         self._tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
         with contextlib.suppress(RuntimeError, MemoryError):  # "can't start new thread"
-            for number in range(threads if threads > 1 else 0):
+            for number in range(threads if threads >= least else 0):
                 thread = threading.Thread(target=self._work, name=f"{name}-{number}", daemon=True)
                 thread.start()
                 self._threads.append(thread)

@@ -24,7 +24,7 @@ from swsurgery.storage import filesystem
 from swsurgery.storage.coordinate import Coordinate
 from swsurgery.storage.files import BaseFile
 from swsurgery.storage.folder import Folder
-from swsurgery.storage.hashing import hash_twice
+from swsurgery.storage.pipeline import hash_twice
 from swsurgery.storage.splice import Splice, group_by_file
 
 if TYPE_CHECKING:  # these modules import numpy, which only changes of regions need

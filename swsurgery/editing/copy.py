@@ -26,7 +26,8 @@ from swsurgery.storage import filesystem
 from swsurgery.storage.digest_cache import DigestCache
 from swsurgery.storage.files import CHUNK, BaseFile, LocalFile, fill, read_exactly
 from swsurgery.storage.folder import Entry, Folder
-from swsurgery.storage.hashing import check_digest, count_threads, refuse_other_header, stream
+from swsurgery.storage.hashing import check_digest, count_threads, refuse_other_header
+from swsurgery.storage.pipeline import BUFFER_SIZE, Sink, count_buffers, stream
 from swsurgery.storage.shard import Shard
 from swsurgery.storage.splice import Splice, group_by_file
 from swsurgery.threads import Pool
@@ -150,6 +151,8 @@ class _Copier:
         self.source, self.stage, self.link = source, stage, link
         self.progress, self.digests, self.reuse = progress, digests, reuse
         self.threads = count_threads()
+        large = sum(file.size > BUFFER_SIZE for file in source.files)
+        self.buffers = count_buffers(min(self.threads, large))
         self.stop = threading.Event()
         self.lock = threading.Lock()
         self.splices = group_by_file(source.splices)
@@ -211,7 +214,7 @@ class _Copier:
         if known:
             self.advance(file.size)
             return _Written("hard", known, known, unverified=True)
-        digest, _ = stream(base, file, (), self.advance, header=self.header_of(file))
+        digest, _ = stream(base, file, (), self.advance, header=self.header_of(file), buffers=self.buffers)
         return _Written("hard", digest, digest)
 
     def header_of(self, file: BaseFile) -> Shard | None:
@@ -298,8 +301,9 @@ class _Copier:
             return _Written("clone" if cloned else "copy", known, known, unverified=True)
         if not cloned:
             filesystem.disable_cache(new)
-            write = functools.partial(filesystem.write_all, new)
-            digest, patched = self.stream(base, file, splices, self.advance, write)
+            digest, patched = self.stream(
+                base, file, splices, self.advance, functools.partial(filesystem.write_at, new)
+            )
             return _Written("copy", digest, patched)
         with LocalFile(target).open() as copy:  # hash the clone, because the base may change from now on
             place = functools.partial(filesystem.write_at, new)
@@ -314,7 +318,7 @@ class _Copier:
         file: BaseFile,
         splices: list[Splice],
         advance: Callable[[int], None],
-        sink: Callable[[memoryview], None] | None = None,
+        sink: Sink | None = None,
         place: Callable[[bytes, int], None] | None = None,
     ) -> tuple[str, str]:
         """Read a file once, with its splices and changed regions made; return the digests before and after them.
@@ -323,7 +327,7 @@ class _Copier:
         """
         header, changes = self.header_of(file), self.source.changes.get(file.name)
         if not changes:
-            return stream(opened, file, splices, advance, sink, header)
+            return stream(opened, file, splices, advance, sink, header, self.buffers)
         from swsurgery.rewriting.segments import list_segments
         from swsurgery.rewriting.stream import Receivers, stream_changed
         from swsurgery.rewriting.tally import Tally
@@ -367,20 +371,21 @@ class _Different(Exception):
 
 
 class _Comparison:
-    """Compares each chunk from `stream` with the next bytes of a file. Raises _Different if they differ."""
+    """Compares each chunk from `stream` with the bytes of a file. Raises _Different if they differ."""
 
     def __init__(self, file: LocalFile) -> None:
-        self.file, self.offset = file, 0
-        self.buffer = bytearray(CHUNK)
+        self.file = file
+        self.buffer = bytearray()
+        self.lock = threading.Lock()
 
-    def __call__(self, chunk: memoryview) -> None:
-        if len(chunk) != len(self.buffer):
-            self.buffer = bytearray(len(chunk))
-        filled = fill(self.file, self.buffer, self.offset, may_end=True)
-        # Comparing a bytearray is one call of memcmp; two memoryviews are compared byte by byte.
-        if filled != len(chunk) or self.buffer != chunk:
-            raise _Different
-        self.offset += filled
+    def __call__(self, chunk: memoryview, offset: int) -> None:
+        with self.lock:
+            if len(chunk) != len(self.buffer):
+                self.buffer = bytearray(len(chunk))
+            filled = fill(self.file, self.buffer, offset, may_end=True)
+            # Comparing a bytearray is one call of memcmp; two memoryviews are compared byte by byte.
+            if filled != len(chunk) or self.buffer != chunk:
+                raise _Different
 
 
 class _Stopped(Exception):

@@ -48,9 +48,10 @@ from swsurgery.manifest.load import LoadedManifest
 from swsurgery.progress import Progress, Reporter
 from swsurgery.storage import filesystem
 from swsurgery.storage.folder import Entry, Folder
-from swsurgery.storage.hashing import check_digest, hash_file, stream
+from swsurgery.storage.hashing import check_digest, hash_file
 from swsurgery.storage.names import OWN_FILES, make_undo_name
 from swsurgery.storage.numbers import format_size
+from swsurgery.storage.pipeline import stream
 from swsurgery.storage.shard import MAX_HEADER
 from swsurgery.storage.splice import Splice, group_by_file
 

@@ -1,6 +1,6 @@
 """Read a file once and hash it twice: as stored, and with splices and changed regions.
 
-`storage.hashing.stream` does the same for splices alone. Changed regions are computed in segments. All other bytes are
+`storage.pipeline.stream` does the same for splices alone. Changed regions are computed in segments. All other bytes are
 read directly into the chunks that are written, so that a small change does not slow down the copy of its file.
 """
 
@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from swsurgery.rewriting.segments import RegionPart, Segment
 from swsurgery.storage.arrays import Words
 from swsurgery.storage.files import CHUNK, BaseFile, File, fill
-from swsurgery.storage.hashing import apply_to_chunk, count_threads, refuse_other_header
+from swsurgery.storage.hashing import count_threads, refuse_other_header
+from swsurgery.storage.pipeline import Sink, apply_to_chunk
 from swsurgery.storage.shard import Shard
 from swsurgery.storage.splice import Splice
 from swsurgery.threads import Pool
@@ -37,12 +38,13 @@ Observe = Callable[[RegionPart, Words, Words], None]
 class Receivers:
     """Who receives the bytes of a streamed file.
 
-    `sink` gets the changed file in chunks. `place` gets (bytes, offset) of each changed segment, for a file that
-    already contains all other bytes. `compare` gets (offset, old bytes, new bytes) of each changed segment. `observe`
-    gets every changed part, in order, and `look` gets (offset, bytes) of the stored file. Each of them may be None.
+    `sink` gets (bytes, offset) of each chunk of the changed file. `place` gets (bytes, offset) of each changed segment,
+    for a file that already contains all other bytes. `compare` gets (offset, old bytes, new bytes) of each changed
+    segment. `observe` gets every changed part, in order, and `look` gets (offset, bytes) of the stored file. Each of
+    them may be None.
     """
 
-    sink: Callable[[memoryview], None] | None = None
+    sink: Sink | None = None
     place: Callable[[bytes, int], None] | None = None
     observe: Observe | None = None
     look: Callable[[int, memoryview], None] | None = None
@@ -61,7 +63,7 @@ def stream_changed(
     """Read a file once. Returns the sha256 of its bytes, and the sha256 with the splices and segments changed.
 
     `splices` and `segments` are sorted by offset, and no splice is inside a changed region. Raises the errors of
-    `storage.hashing.stream`, and those of the functions of the segments.
+    `storage.pipeline.stream`, and those of the functions of the segments.
     """
     with Pool(min(2, count_threads())) as lanes:
         run = _Run(file, lanes, receivers, header)
@@ -128,7 +130,7 @@ class _Run:
         self.changed = False
         self.skip = 0
         self.buffers = [memoryview(mmap.mmap(-1, CHUNK)), memoryview(mmap.mmap(-1, CHUNK))]
-        self.filled = 0
+        self.filled, self.emitted = 0, 0
         self.olds, self.news = _Buffers(2), _Buffers(1)  # while one segment is hashed, the next one is read
         self.chunk_jobs: list[Future[None]] = []
         self.segment_jobs: list[Future[None]] = []
@@ -201,7 +203,8 @@ class _Run:
             self.chunk_jobs.append(self.lanes.submit(self.patched.update, chunk[self.skip :]))
             self.skip = 0
         if self.receivers.sink:
-            self.chunk_jobs.append(self.lanes.submit(self.receivers.sink, chunk))
+            self.chunk_jobs.append(self.lanes.submit(self.receivers.sink, chunk, self.emitted))
+        self.emitted += self.filled
         self.buffers.reverse()
         self.filled = 0
 

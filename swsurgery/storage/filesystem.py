@@ -203,7 +203,7 @@ def drop_cache(fd: int) -> None:
 
 
 def disable_cache(fd: int) -> None:
-    """Make `write_all` bypass the page cache if the file system supports it.
+    """Make `write_at` bypass the page cache if the file system supports it.
 
     Writing a checkpoint through the cache would evict the pages of other programs and defer all writing to `sync`.
     """
@@ -211,32 +211,36 @@ def disable_cache(fd: int) -> None:
         fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_DIRECT)
 
 
-def _use_cache(fd: int) -> bool:
-    """Make `write_all` use the page cache again. Returns False if it was not bypassing the cache."""
-    flags, direct = fcntl.fcntl(fd, fcntl.F_GETFL), getattr(os, "O_DIRECT", 0)
-    fcntl.fcntl(fd, fcntl.F_SETFL, flags & ~direct)
-    return bool(flags & direct)
+def _use_cache(fd: int) -> None:
+    """Make `write_at` use the page cache again."""
+    fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~getattr(os, "O_DIRECT", 0))
 
 
 def write_all(fd: int, data: bytes | memoryview) -> None:
     """Write all of `data` at the current position."""
     view = memoryview(data)
     while view:
-        try:
-            view = view[os.write(fd, view) :]
-        except OSError as error:
-            # A write that bypasses the cache must consist of whole blocks. Other writes (the end of the file, or the
-            # rest after a short write) fail with EINVAL and are repeated through the cache.
-            if error.errno != errno.EINVAL or not _use_cache(fd):
-                raise
+        view = view[os.write(fd, view) :]
 
 
 def write_at(fd: int, data: bytes | memoryview, offset: int) -> None:
-    """Write all of `data` at `offset`, without moving the current position of the descriptor."""
-    view = memoryview(data)
+    """Write all of `data` at `offset`, without moving the current position of the descriptor.
+
+    Several threads may write to one descriptor at the same time.
+    """
+    view, refused = memoryview(data), False
     while view:
-        written = os.pwrite(fd, view, offset)
-        view, offset = view[written:], offset + written
+        try:
+            written = os.pwrite(fd, view, offset)
+        except OSError as error:
+            # A write that bypasses the cache must consist of whole blocks. Other writes (the end of the file, or the
+            # rest after a short write) fail with EINVAL and are repeated through the cache.
+            if error.errno != errno.EINVAL or refused:
+                raise
+            refused = True
+            _use_cache(fd)
+        else:
+            view, offset = view[written:], offset + written
 
 
 def write_file(path: Path | Entry, data: bytes, mode: int = 0o666) -> None:

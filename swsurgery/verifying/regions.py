@@ -242,15 +242,12 @@ def _compare_file(
                 strict=True,
             )
         ]
-        at = 0
 
-        def compare(chunk: memoryview) -> None:
-            nonlocal at
+        def compare(chunk: memoryview, at: int) -> None:
             buffer = bytearray(len(chunk))
             fill(patched, buffer, at)
             if buffer != chunk:
                 different.update(_find_tensors(shard, at, buffer, chunk))
-            at += len(chunk)
 
         try:
             segments = list_segments(changes)

@@ -349,15 +349,15 @@ def test_bytes_that_are_written_wrong_are_found_by_the_check(manifest, tmp_path,
     """A bit falls over on its way to the disk, in a scalar that was not to change or in the one that was."""
     shard = tmp_path / "base" / SECOND
     at = place(shard, down(1), (2, 3) if where == "on" else (2, 4))[0]
-    size, write_all = shard.stat().st_size, filesystem.write_all
+    size, write_at = shard.stat().st_size, filesystem.write_at
 
-    def write_wrong(fd: int, data: bytes | memoryview) -> None:
+    def write_wrong(fd: int, data: bytes | memoryview, offset: int) -> None:
         wrong = bytearray(data)
         if len(wrong) == size:
             wrong[at] ^= 1
-        write_all(fd, wrong)
+        write_at(fd, wrong, offset)
 
-    monkeypatch.setattr(filesystem, "write_all", write_wrong)
+    monkeypatch.setattr(filesystem, "write_at", write_wrong)
     with pytest.raises(CheckFailed) as caught:
         swsurgery.apply(manifest, output=tmp_path / "out", link="copy", check=CheckOptions("weights"))
     assert any(message in fault for fault in caught.value.faults), caught.value.faults

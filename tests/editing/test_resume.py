@@ -276,7 +276,7 @@ def test_a_revert_is_continued_too(base, manifest, out, tmp_path):
 
 # --- interrupted in the middle
 
-CHUNK = 4 << 20
+CHUNK = 2 << 20
 """Bytes that are copied at a time."""
 
 
@@ -298,7 +298,7 @@ def several(tmp_path) -> Path:
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_copy_keeps_the_finished_shard(several, out, tmp_path, number):
     options = ("--check", "off", "--link", "copy")
-    done = signalled(number, "storage.filesystem.write_all", "apply", several, "-o", out, *options, number=7)
+    done = signalled(number, "storage.filesystem.write_at", "apply", several, "-o", out, *options, number=7)
     assert not out.exists() and THIRD in names(partial(out)) and FIRST not in names(partial(out))
     if number == signal.SIGKILL:
         assert done.returncode == -number and SECOND in names(partial(out))
@@ -316,7 +316,7 @@ def test_an_interrupted_copy_keeps_the_finished_shard(several, out, tmp_path, nu
 
 def test_an_interrupt_before_a_shard_is_finished_leaves_nothing(several, out, tmp_path):
     done = signalled(
-        signal.SIGINT, "storage.filesystem.write_all", "apply", several, "-o", out, "--check", "off", "--link", "copy"
+        signal.SIGINT, "storage.filesystem.write_at", "apply", several, "-o", out, "--check", "off", "--link", "copy"
     )
     assert (done.returncode, done.stderr) == (130, "swsurgery: interrupted: SIGINT (nothing was left behind)\n")
     assert names(tmp_path) == {"several", "m.json"}

@@ -55,7 +55,7 @@ def test_a_copy_that_does_not_fit_is_refused_before_it_begins(manifest, out, tmp
     left(blocks - 1)
     monkeypatch.setattr(filesystem, "clone", lambda *_: False)
     written: list[object] = []
-    monkeypatch.setattr(filesystem, "write_all", lambda *arguments: written.append(arguments))
+    monkeypatch.setattr(filesystem, "write_at", lambda *arguments: written.append(arguments))
     assert apply(manifest, out, "--link", link) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line == (

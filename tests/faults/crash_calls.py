@@ -103,14 +103,14 @@ class Watch:
     def write(self, fd: int, data: memoryview) -> int:
         offset = os.lseek(fd, 0, os.SEEK_CUR)
         with self._called("write", fd):
-            if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT and (len(data) % 512 or offset % 512):
-                raise OSError(errno.EINVAL, "past the cache only whole sectors are written")  # not so on tmpfs
             size = os.write(fd, self._some(data))
             self._changed(fd, "write", offset, bytes(data[:size]))
         return size
 
     def pwrite(self, fd: int, data: memoryview, offset: int) -> int:
         with self._called("pwrite", fd):
+            if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT and (len(data) % 512 or offset % 512):
+                raise OSError(errno.EINVAL, "past the cache only whole sectors are written")  # not so on tmpfs
             size = os.pwrite(fd, self._some(data), offset)
             self._changed(fd, "write", offset, bytes(data[:size]))
         return size

@@ -114,8 +114,8 @@ BUGS = (
     Bug(
         "one write assumed complete",
         "storage/filesystem.py",
-        "            view = view[os.write(fd, view) :]\n",
-        "            os.write(fd, view)\n            return\n",
+        "            view, offset = view[written:], offset + written\n",
+        "            return\n",
     ),
     Bug(
         "no lock",
