@@ -68,43 +68,50 @@ def check_by_base(wishes: Wishes, plan: Plan, checkpoint: Checkpoint, progress: 
     """
     if pins := list(_check_pins(wishes, plan.checkpoint)):
         return pins
+    findings = [*_compare_names(plan, checkpoint), *_compare_scalars(wishes, plan, checkpoint)]
+    return findings + [wishes.attach_position(f) for f in _find_other_changes(plan, checkpoint, progress)]
+
+
+def _list_files(plan: Plan) -> set[str]:
+    """Return the names of the base's files that an edited checkpoint contains too."""
+    return {file.name for file in plan.checkpoint.files} - {*plan.omitted, *OWN_FILES}
+
+
+def _compare_names(plan: Plan, checkpoint: Checkpoint) -> Iterator[Finding]:
+    """Yield a finding for each file that only the base or only the checkpoint has."""
+    ours, theirs = {file.name for file in checkpoint.files}, _list_files(plan)
+    for name in sorted(theirs - ours):
+        yield Finding("file-missing", "the base has this file, but the checkpoint does not", name)
+    for name in sorted(ours - theirs):
+        yield Finding("file-undeclared", "the checkpoint has this file, but the base does not", name)
+
+
+def _compare_scalars(wishes: Wishes, plan: Plan, checkpoint: Checkpoint) -> Iterator[Finding]:
+    """Yield a finding for each planned scalar that has other bytes than the plan makes of the base's."""
+    sizes = {file.name: file.size for file in plan.checkpoint.files}
+    sound = {name for name, shard in checkpoint.shards.items() if shard.size == sizes.get(name)}
+    for splice in (s for s in plan.splices if s.file in sound):
+        try:
+            stored = checkpoint.shards[splice.file].read_scalar(*splice.coordinate)
+        except (KeyError, IndexError):
+            continue  # the header differs from the base's, which `_find_other_changes` reports
+        if stored != splice.new:
+            new, old = dtypes.format_bits(splice.new), dtypes.format_bits(splice.old)
+            message = f"{splice.op} gives {new} from the base's {old}, but the checkpoint has"
+            yield wishes.make_finding(f"{message} {dtypes.format_bits(stored)}", splice.coordinate)
+
+
+def _find_other_changes(plan: Plan, checkpoint: Checkpoint, progress: Progress) -> list[Finding]:
+    """Compare the files that both have byte by byte. Returns a finding for each difference that no edit makes."""
     base = plan.checkpoint
-    theirs = {f.name for f in base.files} - {*plan.omitted, *OWN_FILES}
-    ours = {f.name for f in checkpoint.files}
-    findings = [
-        Finding("file-missing", "the base has this file, but the checkpoint does not", name)
-        for name in sorted(theirs - ours)
-    ]
-    findings += [
-        Finding("file-undeclared", "the checkpoint has this file, but the base does not", n)
-        for n in sorted(ours - theirs)
-    ]
     declared: dict[str, set[int]] = {}
     for splice in plan.splices:
         declared.setdefault(splice.file, set()).update(range(splice.offset, splice.end))
     if plan.rewrites:
         # The wanted bytes of every file can be read, so no difference is expected.
         base, declared = overlay_checkpoint(plan, progress), {}
-    changed = [
-        Finding.of_difference(d)
-        for d in find_undeclared_changes(checkpoint, base, sorted(ours & theirs), declared, progress)
-    ]
-    sizes = {file.name: file.size for file in base.files}
-    sound = {name for name, shard in checkpoint.shards.items() if shard.size == sizes.get(name)}
-    for splice in (s for s in plan.splices if s.file in sound):
-        tensor, index = splice.coordinate
-        try:
-            stored = checkpoint.shards[splice.file].read_scalar(tensor, index)
-        except (KeyError, IndexError):
-            continue  # the header differs from the base's, which `changed` reports
-        if stored != splice.new:
-            made = (
-                f"{splice.op} gives {dtypes.format_bits(splice.new)} from the base's {dtypes.format_bits(splice.old)}"
-            )
-            findings.append(
-                wishes.make_finding(f"{made}, but the checkpoint has {dtypes.format_bits(stored)}", splice.coordinate)
-            )
-    return findings + [wishes.attach_position(f) for f in changed]
+    both = sorted(_list_files(plan) & {file.name for file in checkpoint.files})
+    return [Finding.of_difference(d) for d in find_undeclared_changes(checkpoint, base, both, declared, progress)]
 
 
 def _check_pins(wishes: Wishes, base: Checkpoint) -> Iterator[Finding]:

@@ -7,8 +7,8 @@ changed. The base itself is needed only for a byte-by-byte comparison with it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from swsurgery.checkpoint.checkpoint import Checkpoint
@@ -135,40 +135,56 @@ def verify_patched(
     findings = check_structure(checkpoint) + _check_file_list(record, names) + _check_sums(patched, names)
     findings += of_manifest
     findings += check_scalars(record, checkpoint)
-    present = [name for name in record.files if name in names]
-    unhashed = [name for name in present if record.files[name].sha256 is None]
-    edited = {edit.file for edit in record.edits} | {change.file for change in record.changes}
-    unread = [n for n in present if n in edited and search is None and not names[n].is_here]
     regions = _read_regions(record, checkpoint, progress)
     findings += regions.findings if regions else ()
+    present = [name for name in record.files if name in names]
     found, sound = _check_all_digests(record, checkpoint, present, search, progress, findings, regions)
     findings += found
     if search is not None:
         findings += scan_values(search, progress)
-    needs_base = {change.file for change in record.changes} if regions is None else regions.needs_base
-    proved = [name for name in sound if name not in {*unhashed, *unread, *needs_base}]
     if base is not None:
         from swsurgery.verifying.compared_base import compare_with_base
 
         findings = compare_with_base(checkpoint, base, record, findings, progress)
-    rules = RULES_OF_RECORD + (("base",) if base else ()) + (("non-finite",) if search else ())
-    return RecordProof(
+    proof = RecordProof(
         tuple(findings),
         files=len(present),
         edits=len(record.edits),
         protected=len(list_protected(record, checkpoint)),
-        proved=tuple(name for name in proved if not record.files[name].unverified),
+        proved=(),
         compared_with_base=base is not None,
-        unhashed=tuple(unhashed),
         finite=search is not None,
+        changes=len(record.changes),
+        protected_regions=len(record.list_protected_regions()) if regions else 0,
+        rules=RULES_OF_RECORD + (("base",) if base else ()) + (("non-finite",) if search else ()),
+    )
+    return _group_files(proof, record, names, sound, regions)
+
+
+def _group_files(
+    proof: RecordProof,
+    record: Record,
+    names: Mapping[str, BaseFile],
+    sound: Sequence[str],
+    regions: RegionProof | None,
+) -> RecordProof:
+    """Add to a proof the names of files, grouped by what is proved about them. The digests of `sound` are correct."""
+    changed = {change.file for change in record.changes}
+    edited = {edit.file for edit in record.edits} | changed
+    present = [name for name in record.files if name in names]
+    unhashed = [name for name in present if record.files[name].sha256 is None]
+    unread = [n for n in present if n in edited and not proof.finite and not names[n].is_here]
+    needs_base = changed if regions is None else regions.needs_base
+    proved = [name for name in sound if name not in {*unhashed, *unread, *needs_base}]
+    return replace(
+        proof,
+        proved=tuple(name for name in proved if not record.files[name].unverified),
+        unhashed=tuple(unhashed),
         unread=tuple(unread),
         elsewhere=tuple(n for n in record.elsewhere if n not in names),
         unverified=tuple(name for name in proved if record.files[name].unverified),
         needs_base=tuple(name for name in sound if name in needs_base and name not in unread),
         uncovered=tuple(name for name in EXEMPT if name in names and name not in record.files),
-        changes=len(record.changes),
-        protected_regions=len(record.list_protected_regions()) if regions else 0,
-        rules=rules,
     )
 
 
