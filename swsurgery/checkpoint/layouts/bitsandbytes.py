@@ -121,6 +121,8 @@ def find_bitsandbytes(module: QuantisedModule) -> NormalFloatMatrix | None:
     config = module.quantisation
     declared = module.method == "bitsandbytes" or (not module.method and config.get("load_in_4bit") is True)
     kinds = [kind for kind in TABLES if module.find(f".weight.quant_state.bitsandbytes__{kind}") is not None]
+    if declared and any(module.find(f".quant_state.bitsandbytes__{kind}") is not None for kind in TABLES):
+        raise CannotTell(f"{module.weight} stores several experts in 4 bits, and only matrices are read")
     if not declared or not kinds:
         return None
     if len(kinds) > 1 or config.get("bnb_4bit_quant_type", kinds[0]) != kinds[0]:

@@ -13,7 +13,7 @@ reads it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -109,15 +109,16 @@ def build_gptq(module: QuantisedModule, name: str, minus_one: bool, one_way: boo
     refuse_rotation(config)
     module.refuse_others((".qweight", ".qzeros", ".scales", ".g_idx"))
     codes, zeros, scales = (module.require(ending) for ending in (".qweight", ".qzeros", ".scales"))
-    bits = _find_bits(config, codes, zeros, overrides)
+    options = _list_options(config, overrides)
+    bits = _find_bits(options, codes, zeros)
     cols, rows = codes.shape[0] * WORD // bits, codes.shape[1]
     groups = zeros.shape[0]
     if scales.shape != (groups, rows) or scales.dtype not in ("F16", "BF16", "F32"):
         raise CannotTell(f"{scales.name} of shape {list(scales.shape)} does not fit {groups} groups of {rows} rows")
-    size = read_count(config, "group_size")
-    if config.get(overrides) and cols % groups == 0 and -(-cols // max(size, 1)) != groups:
-        size = cols // groups
-    column_groups = find_groups(size, cols, groups, module.find(".g_idx"), config.get("desc_act") is True)
+    order = module.find(".g_idx")
+    size = _find_group_size(options, cols, groups, order)
+    free = any(each.get("desc_act") is True for each in options)
+    column_groups = find_groups(size, cols, groups, order, free)
     packing = GptqPacking(codes, zeros, bits, minus_one, one_way)
     layout = f"{name}, {bits} bits, groups of {column_groups.size}"
     return GroupedMatrix(module.weight, layout, (rows, cols), bits, packing, column_groups, scales)
@@ -130,19 +131,73 @@ def refuse_rotation(config: Mapping[str, object]) -> None:
             raise CannotTell(f"{key} in config.json says that the weights were rotated")
 
 
-def _find_bits(config: Mapping[str, object], codes: ModuleTensor, zeros: ModuleTensor, overrides: str) -> int:
+Options = Sequence[Mapping[str, object]]
+"""The options that a module may have: those of the config, and those that the config states for some modules.
+
+The patterns that say for which modules the latter are, are not compared with names: config.json is not trusted, and a
+pattern can take very long. The shapes of the tensors decide between the options instead.
+"""
+
+
+def _list_options(config: Mapping[str, object], overrides: str) -> Options:
+    """Return the options of the config, and those under the key `overrides`, each completed by those of the config."""
+    found = config.get(overrides)
+    others = found.values() if isinstance(found, Mapping) else ()
+    return [config, *({**config, **each} for each in others if isinstance(each, Mapping))]
+
+
+def _list_stated(options: Options, key: str) -> list[int]:
+    """Return the different integers that the options state under a key. Raises CannotTell if the config states none."""
+    others = (each.get(key) for each in options[1:])
+    return list(dict.fromkeys([read_count(options[0], key), *(n for n in others if type(n) is int)]))
+
+
+def _find_group_size(options: Options, cols: int, groups: int, order: ModuleTensor | None) -> int:
+    """Return the group size that fits the number of groups of a module. Raises CannotTell if several fit.
+
+    If none fits, returns the size of the config, which `find_groups` refuses. An order of columns that starts with the
+    first group decides between several sizes; the order of act-order does not depend on the size.
+    """
+    stated = _list_stated(options, "group_size")
+    fitting = [size for size in stated if _fits(size, cols, groups)]
+    whole = [size for size in fitting if order is not None and _is_consecutive(order, size, cols)]
+    if len(fitting) < 2 or order is not None and not whole:
+        return fitting[0] if fitting else stated[0]
+    if len(whole) == 1:
+        return whole[0]
+    sizes = " and ".join(map(str, fitting))
+    raise CannotTell(f"config.json states the group sizes {sizes} for some modules, and each fits {groups} groups")
+
+
+def _fits(size: int, cols: int, groups: int) -> bool:
+    """Return True if `cols` columns in groups of `size` are `groups` groups; -1 means one group."""
+    return groups == 1 if size == -1 else size > 0 and -(-cols // size) == groups
+
+
+def _is_consecutive(order: ModuleTensor, size: int, cols: int) -> bool:
+    """Return True if an order of columns has groups of `size` consecutive columns."""
+    if order.dtype not in ("I32", "I64") or order.shape != (cols,):
+        return False  # find_groups refuses it
+    expected = np.arange(cols) // (cols if size == -1 else size)
+    return bool((order.read_numbers(0, cols) == expected).all())
+
+
+def _find_bits(options: Options, codes: ModuleTensor, zeros: ModuleTensor) -> int:
     """Return the width of a code. Raises CannotTell if it does not fit the shapes of the tensors."""
     if not (codes.dtype == zeros.dtype == "I32" and len(codes.shape) == len(zeros.shape) == 2 and codes.count):
         raise CannotTell(f"{codes.name} and {zeros.name} are not matrices of I32")
-    declared = read_count(config, "bits")
+    stated = _list_stated(options, "bits")
     fitting = [
         bits
-        for bits in BITS
+        for bits in stated
         if codes.shape[1] * bits == zeros.shape[1] * WORD and codes.shape[0] * WORD % bits == 0 and zeros.shape[0]
     ]
-    if declared in fitting:
-        return declared
-    if len(fitting) == 1 and config.get(overrides):
-        return fitting[0]
-    shapes = f"{list(codes.shape)} and {list(zeros.shape)}"
-    raise CannotTell(f"{declared} bits do not fit the shapes {shapes} of {codes.name} and {zeros.name}")
+    if not fitting:
+        shapes = f"{list(codes.shape)} and {list(zeros.shape)}"
+        widths = " or ".join(map(str, stated))
+        raise CannotTell(f"{widths} bits do not fit the shapes {shapes} of {codes.name} and {zeros.name}")
+    if fitting[0] not in BITS:
+        raise CannotTell(
+            f"codes of {fitting[0]} bits are stored in a way that is not read ({', '.join(map(str, BITS))} are)"
+        )
+    return fitting[0]

@@ -280,6 +280,12 @@ BAD: dict[str, tuple[dict[str, NDArray | None], str]] = {
 }
 
 
+def test_a_stack_of_experts_is_refused_with_the_reason(tmp_path):
+    name = "model.layers.0.mlp.experts.down_proj"
+    folder = write_arrays(tmp_path, {name + ending: array for ending, array in SMALL.items()}, FOUR_BITS)
+    refuse_matrix(folder, name, "stores several experts in 4 bits, and only matrices are read")
+
+
 @pytest.mark.parametrize("name", BAD)
 def test_what_does_not_fit_is_not_read(tmp_path, name):
     arrays, message = BAD[name]

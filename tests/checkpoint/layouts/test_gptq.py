@@ -181,6 +181,50 @@ def test_other_options_of_one_module_are_taken_from_the_shapes(tmp_path, bits):
     assert np.array_equal(matrix.dequantise(0, 32), values)
 
 
+def make_groups(size: int, cols: int = 64) -> tuple[Arrays, NDArray]:
+    """A module of 32 rows and groups of `size` columns, and its values."""
+    random = np.random.default_rng(5)
+    order = np.arange(cols) // size
+    shape = (order.max() + 1, 32)
+    codes, zeros = random.integers(0, 16, (32, cols)), random.integers(1, 16, shape)
+    scales = random.uniform(0.1, 1, shape).astype(np.float16)
+    values = (codes - zeros[order].T) * scales[order].T.astype(float)
+    return name_arrays(0, codes, zeros - 1, scales, 4, order), values
+
+
+@pytest.mark.parametrize("size", [32, 48])
+def test_an_order_of_columns_decides_between_two_group_sizes(tmp_path, size):
+    arrays, values = make_groups(size)
+    config = CONFIG | {"dynamic": {"+:.*layers\\.0": {"group_size": 48}, "-:.*lm_head": {}}}
+    _, matrix = open_matrix(write_arrays(tmp_path / "m", arrays, config), WEIGHT)
+    assert np.array_equal(matrix.dequantise(0, 32), values) and matrix.layout == f"gptq, 4 bits, groups of {size}"
+    folder = write_arrays(tmp_path / "n", change(arrays, g_idx=None), config)
+    refuse_matrix(folder, WEIGHT, "states the group sizes 32 and 48 for some modules, and each fits 2 groups")
+
+
+def test_a_module_may_have_an_order_of_columns_by_an_override(tmp_path):
+    order = np.random.default_rng(7).permutation(ORDER)
+    arrays, _ = make_small()
+    codes = np.random.default_rng(1).integers(0, 16, (32, 64))
+    arrays |= {f"{MODULE}.qweight": pack(codes, 4).T, f"{MODULE}.g_idx": order.astype(np.int32)}
+    config = CONFIG | {"dynamic": {"+:.*down_proj": {"desc_act": True}}}
+    _, matrix = open_matrix(write_arrays(tmp_path / "m", arrays, config), WEIGHT)
+    _, plain = open_matrix(write_arrays(tmp_path / "n", change(arrays, g_idx=ORDER.astype(np.int32)), CONFIG), WEIGHT)
+    for col in (0, 1, 63):
+        same = int(np.flatnonzero(order[col] == ORDER)[0])
+        assert matrix.find_cell((3, col)).values == plain.find_cell((3, same)).values
+    refuse_values(write_arrays(tmp_path / "o", arrays, CONFIG), WEIGHT, "reorders the groups, but desc_act")
+
+
+@pytest.mark.parametrize("bits", [5, 6, 7])
+def test_codes_of_five_to_seven_bits_are_refused_with_the_reason(tmp_path, bits):
+    arrays, _ = make_small(bits)
+    folder = write_arrays(tmp_path / "m", arrays, CONFIG | {"bits": bits})
+    refuse_matrix(folder, WEIGHT, f"codes of {bits} bits are stored in a way that is not read")
+    folder = write_arrays(tmp_path / "n", arrays, CONFIG | {"dynamic": {"+:.*": {"bits": bits}}})
+    refuse_matrix(folder, WEIGHT, f"codes of {bits} bits are stored in a way that is not read")
+
+
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_a_zero_point_below_a_field_of_ones_is_decided_and_the_others_are_not(tmp_path, bits):
     """A zero point of 0 is subtracted from a whole word, or from each zero point alone. Both ways give ones."""
@@ -236,6 +280,8 @@ BAD: dict[str, tuple[dict[str, object], Arrays, str]] = {
     "true bits": ({"bits": True}, SMALL, "bits in config.json is not an integer"),
     "other bits": ({"bits": 8}, SMALL, "8 bits do not fit the shapes"),
     "odd bits": ({"bits": 5}, SMALL, "5 bits do not fit the shapes"),
+    "bits that no override states": ({"bits": 8, "dynamic": {"+:x": {"bits": 2}}}, SMALL, "8 or 2 bits do not fit"),
+    "an override that is no integer": ({"bits": 8, "dynamic": {"+:x": {"bits": "4"}}}, SMALL, "8 bits do not fit"),
     "no group size": ({"group_size": "32"}, SMALL, "group_size in config.json is not an integer"),
     "a group size of 0": ({"group_size": 0}, SMALL, "columns in groups of 0"),
     "other groups": ({"group_size": 16}, SMALL, "2 groups are stored, which do not fit 64 columns in groups of 16"),
