@@ -37,8 +37,12 @@ LONGEST_KEPT, MAX_KEPT_NUMBERS = 4096, 1 << 16
 arrays of texts, only the number of elements is kept. They belong to the tokenizer.
 """
 
-FIRST_READ = 64 << 10
-"""Number of bytes that are read first. Each further read doubles the number of bytes read."""
+FIRST_READ, LARGEST_READ = 64 << 10, 1 << 20
+"""Number of bytes that are read first, and maximum number of each further read.
+
+A further read doubles the number of bytes read, up to this maximum. So at most 1 MiB after the header is read. The list
+of tensors follows the tokenizer, whose texts state only their own lengths, so it cannot be found without reading them.
+"""
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 """Formats (of `struct`) of the metadata types that are single numbers."""
@@ -137,7 +141,7 @@ class _Reader:
             raise HeaderCutOff(f"it continues to byte {end}, but the file has only {self.size} bytes")
         if end > MAX_GGUF_HEADER:
             raise ValueError(f"it has more than the {MAX_GGUF_HEADER} bytes accepted")
-        wanted = max(end, 2 * len(self.data), FIRST_READ)
+        wanted = max(end, len(self.data) + min(max(len(self.data), FIRST_READ), LARGEST_READ))
         more = min(wanted, self.size, MAX_GGUF_HEADER) - len(self.data)
         self.data += read_exactly(self.file, more, len(self.data))
 

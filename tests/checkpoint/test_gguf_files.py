@@ -105,6 +105,24 @@ def test_a_file_on_the_hub_is_read_by_ranges(hub, tmp_path, capsys):
     assert code == 2 and "the repository has no such file: hf://org/one/missing.gguf" in err
 
 
+def test_an_element_on_the_hub_costs_the_header_and_one_piece(hub, tmp_path, capsys):
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
+    writer.add_uint32("llama.block_count", 2)
+    writer.add_token_list([f"token {n}" for n in range(250_000)])
+    writer.add_tensor(DOWN, np.arange(1 << 21, dtype=np.float32).reshape(1024, 2048))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    header = open_file(tmp_path / "model.gguf").shards["model.gguf"].data_start
+    hub.add_repo("org/one", tmp_path)
+    hub.traffic.clear()
+    code, found, _ = run(capsys, "inspect", "hf://org/one/model.gguf", "--tensor", DOWN, "--at", "1023,2047")
+    assert code == 0 and found["value"] == (1 << 21) - 1
+    moved = hub.traffic.sent(origin="store")
+    assert 4 << 20 < header < moved < header + (1 << 20) + (256 << 10)
+
+
 def test_sizes_are_those_of_the_metadata(tmp_path):
     write(tmp_path / "model.gguf")
     sizes = read_sizes(open_file(tmp_path / "model.gguf"))
