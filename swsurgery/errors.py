@@ -26,12 +26,18 @@ exception that escapes is a bug (exit 3).
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 
 def pluralise(number: int, noun: str) -> str:
     """Return the number and its noun, as in "1 scalar" and "2 scalars"."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def list_some(names: Sequence[object], most: int) -> str:
+    """Return the first names and the number of the others, as in "a, b and 4 more". At most `most` are named."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(map(str, names[:most])) + more
 
 
 def escape_control(text: str) -> str:

@@ -23,7 +23,7 @@ from typing import Literal
 
 from swsurgery.checkpoint.edited_shard import OpenShard, make_change_error
 from swsurgery.checkpoint.journal_format import MAX_JOURNAL, Journal, JournalFile, JournalPlace, parse_journal
-from swsurgery.errors import CheckpointError, Interrupted, SwsurgeryError, TargetError, report_done
+from swsurgery.errors import CheckpointError, Interrupted, SwsurgeryError, TargetError, list_some, report_done
 from swsurgery.storage import filesystem
 from swsurgery.storage.files import LocalFile, read_exactly
 from swsurgery.storage.folder import Entry, Folder
@@ -147,8 +147,7 @@ def _take_back(folder: Folder, shards: Mapping[str, OpenShard], journal: Journal
             raise error.replace_left(str(failed)) from failed
         raise
     if left:
-        more = f" and {len(left) - 1} more" if len(left) > 1 else ""
-        _log.warning("not restored, because another program wrote to it: %s%s", left[0], more)
+        _log.warning("not restored, because another program wrote to it: %s", list_some(left, 1))
     if begun and isinstance(error, Interrupted):
         raise error.replace_left("the old bytes were put back") from None
 
@@ -373,10 +372,9 @@ def _refuse_foreign(folder: Folder, journal: Journal | None, files: list[_Held])
     if journal:
         found += [folder / name for name in journal.own if _classify_own_file(folder, journal, name) == "foreign"]
     if found:
-        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
         raise CheckpointError(
             "an edit in place was cut off, and another program has written to the edited files since",
-            f"{found[0]}{more}",
+            list_some(found, 1),
             f"restore the files from the base, or remove {folder / JOURNAL} to keep them as they are",
         )
 

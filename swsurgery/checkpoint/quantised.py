@@ -23,6 +23,7 @@ from functools import cached_property
 from itertools import takewhile
 from typing import Literal, Protocol
 
+from swsurgery.errors import list_some
 from swsurgery.storage.dtypes import Dtype
 from swsurgery.storage.ggml import BlockDtype
 
@@ -230,8 +231,7 @@ class Quantisation:
             return Reading("scaled", f"its elements are multiplied by {scale}", scale)
         if others:
             others.sort(key=lambda o: (_HARMLESS.fullmatch(_get_last_part(o)) is not None, o))
-            more = f" and {len(others) - 4} more" if len(others) > 4 else ""
-            return Reading("unreadable", f"what its codes mean depends on {', '.join(others[:4])}{more}")
+            return Reading("unreadable", f"what its codes mean depends on {list_some(others, 4)}")
         return Reading(
             "unreadable", f"{self.declared} declares quantisation, and no scale says what its {dtype.name} codes mean"
         )

@@ -13,7 +13,7 @@ from typing import Any
 
 from swsurgery.cli.output import print_table, print_text
 from swsurgery.cli.show import MAX_ROWS
-from swsurgery.errors import escape_control, pluralise
+from swsurgery.errors import escape_control, list_some, pluralise
 from swsurgery.model.text import describe_measured_text
 from swsurgery.scanning.causal_report import CausalTest, Effect, UnitTrial
 from swsurgery.scanning.report import Candidate, Scan, UnreadLayer
@@ -85,8 +85,7 @@ def describe_unread(unread: Sequence[UnreadLayer]) -> list[str]:
     lines = []
     for (experts, names), layers in alike.items():
         line = _format_numbered("layer", layers) + (f", {_format_numbered('expert', experts)}" if experts else "")
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        lines.append(f"{line}: {', '.join(names[:3])}{more}")
+        lines.append(f"{line}: {list_some(names, 3)}")
     return lines
 
 

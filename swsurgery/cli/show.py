@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from swsurgery.cli.output import print_table, print_text
-from swsurgery.errors import escape_control, pluralise
+from swsurgery.errors import escape_control, list_some, pluralise
 from swsurgery.storage.numbers import format_number, format_ratio, format_size
 
 if TYPE_CHECKING:
@@ -368,8 +368,7 @@ def _list_lines(word: str, lines: list[str]) -> None:
 
 
 def _format_names(names: tuple[str, ...]) -> str:
-    more = len(names) - MAX_NAMES
-    return ", ".join(map(escape_control, names[:MAX_NAMES])) + (f" and {more} more" if more > 0 else "")
+    return list_some([*map(escape_control, names)], MAX_NAMES)
 
 
 def _format_index(numbers: list[int]) -> str:

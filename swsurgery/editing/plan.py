@@ -26,7 +26,7 @@ from swsurgery.editing.resolve import resolve
 from swsurgery.editing.rewrite import ProtectedRegion, Rewrite
 from swsurgery.editing.sources import Sources
 from swsurgery.editing.targets import find_known, locate
-from swsurgery.errors import ArchitectureError, Fault, LookupFailed, PlanError, pluralise
+from swsurgery.errors import ArchitectureError, Fault, LookupFailed, PlanError, list_some, pluralise
 from swsurgery.known import KnownCoordinate, KnownModel, own
 from swsurgery.manifest.load import LoadedManifest
 from swsurgery.manifest.yaml_reader import MAX_FAULTS
@@ -136,8 +136,7 @@ def _describe_regions(target: str, parts: Sequence[ProtectedRegion]) -> str:
     amount = f"{scalars} ({format_size(sum(part.size for part in parts))})"
     if len(names) == 1:
         return amount if target.startswith(names[0]) else f"{amount} in {names[0]}"
-    more = f" and {len(names) - MAX_TENSOR_NAMES} more" if len(names) > MAX_TENSOR_NAMES else ""
-    return f"{amount} in {len(names)} tensors: {', '.join(names[:MAX_TENSOR_NAMES])}{more}"
+    return f"{amount} in {len(names)} tensors: {list_some(names, MAX_TENSOR_NAMES)}"
 
 
 def make_plan(loaded: LoadedManifest, checkpoint: Checkpoint) -> Plan:

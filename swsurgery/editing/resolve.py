@@ -14,14 +14,14 @@ from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.editing.asked import Asked, AskedRegion, Misfit
 from swsurgery.editing.conflicts import find_conflicts, find_region_conflicts
 from swsurgery.editing.targets import EditTarget, FindKnown, Scope, TargetPlace, locate, read_target
-from swsurgery.errors import ArchitectureError, LookupFailed, PlanError, pluralise
+from swsurgery.errors import ArchitectureError, LookupFailed, PlanError, list_some, pluralise
 from swsurgery.manifest.operations import Clip, Edit, Restore, Round
 from swsurgery.manifest.schema import Manifest
 from swsurgery.manifest.targets import MeasuredValue
 from swsurgery.storage.coordinate import Coordinate
 from swsurgery.storage.region import Region
 
-MAX_NAMED = 3
+MAX_SKIPPED_NAMES = 3
 """Maximum number of skipped tensors that a note names."""
 
 
@@ -121,9 +121,8 @@ def _skip_vectors(edit: Edit, regions: list[Region], checkpoint: Checkpoint) -> 
     names = [region.tensor for region in regions if len(region.bounds) < 2]
     if not names:
         return rest, ""
-    more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
     what = pluralise(len(names), "one-dimensional tensor")
-    return rest, f"{edit.op} skips {what}: {', '.join(names[:MAX_NAMED])}{more}"
+    return rest, f"{edit.op} skips {what}: {list_some(names, MAX_SKIPPED_NAMES)}"
 
 
 def _find_faults(edit: Edit, target: EditTarget, regions: Sequence[Region], checkpoint: Checkpoint) -> Iterator[str]:

@@ -15,7 +15,7 @@ from swsurgery.editing.copy import write_checkpoint
 from swsurgery.editing.copy_job import CopyJob, Link
 from swsurgery.editing.in_place import revert_in_place
 from swsurgery.editing.undo import build_undo, build_undo_changes, list_reversion_notes
-from swsurgery.errors import CheckpointError, SwsurgeryError
+from swsurgery.errors import CheckpointError, SwsurgeryError, list_some
 from swsurgery.hub import open_location, parse_directory, parse_location
 from swsurgery.progress import Reporter, require_reporter
 from swsurgery.storage import staging
@@ -109,8 +109,7 @@ def _list_left_out(record: Record, names: Iterable[str]) -> list[str]:
     extra = sorted(set(names) - {*record.files, *record.own_names})
     if not extra:
         return []
-    more = f" and {len(extra) - MAX_NOTED_FILES} more" if len(extra) > MAX_NOTED_FILES else ""
-    return [f"left out, because the record does not list them: {', '.join(extra[:MAX_NOTED_FILES])}{more}"]
+    return [f"left out, because the record does not list them: {list_some(extra, MAX_NOTED_FILES)}"]
 
 
 def _open_base(base: str | Path, bases: contextlib.ExitStack) -> Checkpoint:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.checkpoint.projections import DownProjection
-from swsurgery.errors import ModelError, Unrunnable, pluralise
+from swsurgery.errors import ModelError, Unrunnable, list_some, pluralise
 from swsurgery.model import Placement, load, measure
 from swsurgery.model.check import PROMPTS as CONTINUED
 from swsurgery.model.forward import LayeredModel
@@ -412,5 +412,4 @@ def _describe_round(number: int, fresh: Sequence[Coordinate], search: _Search) -
 def _format_numbers(noun: str, numbers: Iterable[int]) -> str:
     """Format a noun and at most eight numbers in increasing order, as in "layers 3, 5"."""
     ordered = sorted(numbers)
-    more = f" and {len(ordered) - 8} more" if len(ordered) > 8 else ""
-    return f"{noun}{'s' if len(ordered) > 1 else ''} {', '.join(map(str, ordered[:8]))}{more}"
+    return f"{noun}{'s' if len(ordered) > 1 else ''} {list_some(ordered, 8)}"

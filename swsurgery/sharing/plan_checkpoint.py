@@ -18,7 +18,7 @@ from swsurgery.checkpoint.opening import held, read_checkpoint
 from swsurgery.checkpoint.projections import find_short_form
 from swsurgery.checkpoint.record import RECORD_NAME, Patched, Record, find_record, read_record
 from swsurgery.checkpoint.record_entries import FileRecord
-from swsurgery.errors import ArchitectureError, CheckpointError, HubError
+from swsurgery.errors import ArchitectureError, CheckpointError, HubError, list_some
 from swsurgery.hub.cards import read as read_card
 from swsurgery.hub.cards import render as render_card
 from swsurgery.hub.commit import Branch, find_branch, open_pull_requests, open_visible_tree
@@ -396,8 +396,8 @@ def _find_obsolete(target: Branch | None, names: set[str]) -> tuple[list[Item], 
     rest = sorted(set(head.files) - names - {".gitattributes"})
     gone = [Item(n, "delete", head.files[n].size, "from an earlier publication") for n in rest if n in earlier]
     if strange := [name for name in rest if name not in earlier]:
-        some = ", ".join(strange[:5]) + (f" and {len(strange) - 5} more" if len(strange) > 5 else "")
-        notes.append(f"these files in the repository are not part of this publication and stay unchanged: {some}")
+        what = "these files in the repository are not part of this publication and stay unchanged"
+        notes.append(f"{what}: {list_some(strange, 5)}")
     return gone, notes
 
 

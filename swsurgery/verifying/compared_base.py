@@ -11,7 +11,7 @@ from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.checkpoint.compare import find_undeclared_changes
 from swsurgery.checkpoint.record import Record
 from swsurgery.checkpoint.record_entries import EditRecord
-from swsurgery.errors import NumberError, pluralise
+from swsurgery.errors import NumberError, list_some, pluralise
 from swsurgery.progress import Progress
 from swsurgery.storage.files import BaseFile, File, read_exactly
 from swsurgery.storage.hashing import hash_file
@@ -104,7 +104,7 @@ def _is_other_file(name: str, theirs: dict[str, BaseFile], record: Record) -> bo
 
 def _make_finding(wrong: Sequence[str], count: int, first: Finding) -> Finding:
     """Report that `wrong` files of `count` are not those of the recorded base. `first` is one of the differences."""
-    names = ", ".join(wrong[:MAX_NAMED_FILES]) + (", ..." if len(wrong) > MAX_NAMED_FILES else "")
+    names = list_some(wrong, MAX_NAMED_FILES)
     has = "has" if len(wrong) == 1 else "have"
     place = f"; it differs in {first.tensor}{list(first.index)}" if first.index is not None else ""
     return Finding(

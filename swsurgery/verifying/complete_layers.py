@@ -19,7 +19,7 @@ from swsurgery.checkpoint.declared import Declared
 from swsurgery.checkpoint.family import Layout, ProjectionKind
 from swsurgery.checkpoint.model_config import find_known_families
 from swsurgery.checkpoint.weight_files import MAX_LISTED
-from swsurgery.errors import pluralise
+from swsurgery.errors import list_some, pluralise
 from swsurgery.verifying.complete_names import LayerList, Member, Shape
 
 K = TypeVar("K", bound=Hashable)
@@ -362,7 +362,7 @@ def list_incomparable(layers: LayerList, depth: int, config: Mapping[str, object
     if not alone:
         return None
     named = [f"{layers.prefix}{number}.{top}" for number, top in alone]
-    listed = ", ".join(named[:MAX_NAMED]) + (f" and {len(named) - MAX_NAMED} more" if len(named) > MAX_NAMED else "")
+    listed = list_some(named, MAX_NAMED)
     return (
         f"whether {listed} {'is' if len(named) == 1 else 'are'} complete, because no other layer has the same tensors"
     )

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from swsurgery.errors import escape_control, pluralise
+from swsurgery.errors import escape_control, list_some, pluralise
 from swsurgery.hub import RemoteTree
 from swsurgery.verifying.against_record import RecordProof
 from swsurgery.verifying.findings import Finding
@@ -20,6 +20,10 @@ if TYPE_CHECKING:  # each of these modules does one optional check and is import
     from swsurgery.verifying.complete import Completeness
     from swsurgery.verifying.identification import Identification
     from swsurgery.verifying.value_findings import ValueReport
+
+
+MAX_LISTED_FILES = 3
+"""Maximum number of files that a line of the text names."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -202,18 +206,19 @@ def _describe_verification(verification: RecordProof) -> Iterable[str]:
     if verification.protected or not verification.protected_regions:
         yield f"protected {pluralise(verification.protected, 'scalar')} with the base's bits"
     if verification.unverified:
-        names, count = _format_some(verification.unverified), pluralise(len(verification.unverified), "file")
+        names = list_some(verification.unverified, MAX_LISTED_FILES)
+        count = pluralise(len(verification.unverified), "file")
         yield f"unproved  {count} whose digests were copied into the record without hashing the base: {names}"
     if verification.changes:
         yield f"changed   {pluralise(verification.changes, 'region')} as in the record"
     if verification.protected_regions:
         yield f"protected {pluralise(verification.protected_regions, 'region')} with the recorded sha256"
     if verification.needs_base and not verification.compared_with_base:
-        names = _format_some(verification.needs_base)
+        names = list_some(verification.needs_base, MAX_LISTED_FILES)
         yield f"unproved  no undo file has the old bytes of {names}: the proof needs the base (give --base)"
     if verification.unhashed:
         count = pluralise(len(verification.unhashed), "file")
-        yield f"unhashed  {count} of which only the size is known: {_format_some(verification.unhashed)}"
+        yield f"unhashed  {count} of which only the size is known: {list_some(verification.unhashed, MAX_LISTED_FILES)}"
     if verification.uncovered:
         yield f"excluded  {', '.join(verification.uncovered)}: the record does not list them, and no loader reads them"
     if verification.compared_with_base:
@@ -239,7 +244,3 @@ def _describe_survival(survived: Survival, identified: Identification | None) ->
         yield f"          {c.id:16} {describe_kept(c)}{aside}"
     if survived.rows:
         yield f"          not read, because only the row is known: {', '.join(survived.rows)}"
-
-
-def _format_some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
