@@ -96,7 +96,7 @@ def apply(
     from swsurgery.storage.numbers import parse_size
 
     limit, subject = parse_size(undo_limit), ", ".join(map(str, manifest))
-    refuse_page(page, *manifest, base, directory)
+    refuse_page(page, base, directory, manifests=manifest)
     if dry_run:
         planned = apply.plan(manifest, base, reporter=out.make_reporter())
         out.print_result(planned, lambda plan: show.show_plan(plan, limit))

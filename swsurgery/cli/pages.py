@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from swsurgery.cli.options import refuse_replacing
@@ -10,11 +11,11 @@ from swsurgery.cli.output import Output
 from swsurgery.errors import SwsurgeryError, TargetError, report_done
 
 
-def refuse_page(page: Path | None, *files: str | Path | None) -> None:
+def refuse_page(page: Path | None, *files: str | Path | None, manifests: Sequence[Path] = ()) -> None:
     """Raise TargetError if the page cannot be written. A command calls this function before its work.
 
-    `files` are the inputs and outputs of the command: the page must not replace one of them, or be written inside it.
-    A text may be the location of a checkpoint, such as hf://ORG/NAME.
+    `files` are the inputs and outputs of the command, and `manifests` are those that name its base: the page must not
+    replace one of them, or be written inside one. A text may be the location of a checkpoint, such as hf://ORG/NAME.
     """
     if page is None:
         return
@@ -24,7 +25,22 @@ def refuse_page(page: Path | None, *files: str | Path | None) -> None:
         raise TargetError("the name of a page must end in .html", page, "choose another --page")
     refuse_unwritable(page)
     local = [Path(file) for file in files if file is not None and not str(file).startswith("hf://")]
-    refuse_replacing(page, local, "--page")
+    refuse_replacing(page, [*local, *manifests, *_list_bases(manifests)], "--page")
+
+
+def _list_bases(manifests: Sequence[Path]) -> list[Path]:
+    """Return the directories that manifests name as their base. A manifest that cannot be read is skipped.
+
+    The command reports it later.
+    """
+    from swsurgery.manifest.load import load_manifest
+
+    bases = []
+    for manifest in manifests:
+        with contextlib.suppress(SwsurgeryError):
+            said = load_manifest(manifest).manifest.base
+            bases += [] if said.path is None else [manifest.parent / said.path]
+    return bases
 
 
 def write_page(out: Output, page: Path | None, command: str, subject: str, document: Mapping[str, object]) -> None:

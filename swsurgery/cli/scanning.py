@@ -129,7 +129,7 @@ def sweep(
     from swsurgery.cli import show_scan
     from swsurgery.scanning import sweep
 
-    refuse_page(page, manifest, base, text)
+    refuse_page(page, base, text, manifests=[manifest])
     report = sweep.sweep(
         manifest,
         parse_numbers(factors),
@@ -167,7 +167,7 @@ def compare(
     from swsurgery.cli import show_scan
     from swsurgery.scanning.compare import compare
 
-    refuse_page(page, *manifests, base, text)
+    refuse_page(page, base, text, manifests=manifests)
     report = compare(
         manifests,
         base,

@@ -94,7 +94,8 @@ def verify(
 
     inputs = [parse_location(each) for each in (checkpoint, base) if each is not None]
     refuse_replacing(file, [*inputs, manifest, protected, signature, public_key])
-    refuse_page(page, checkpoint, base, manifest, protected, signature, public_key, file)
+    manifests = [each for each in (manifest, protected) if each is not None]
+    refuse_page(page, checkpoint, base, signature, public_key, file, manifests=manifests)
     verification = verify.verify(
         checkpoint,
         manifest=manifest,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+from collections.abc import Collection
 
 from swsurgery.errors import ModelError, Unrunnable
 
@@ -28,6 +29,12 @@ def refuse_device(name: str) -> None:
         raise ModelError("no such device", name, "use --device auto, cpu, cuda or cuda:N")
     if name.startswith("cuda") and sys.platform == "linux" and not any(map(os.path.exists, GPU_FILES)):
         raise Unrunnable("no usable CUDA device", name, "use --device cpu")
+
+
+def refuse_empty_prompts(prompts: Collection[str] | None) -> None:
+    """Raise ModelError if a prompt is empty. None stands for the built-in prompts."""
+    if "" in (prompts or ()):
+        raise ModelError("a prompt is empty", "''", "give at least one character")
 
 
 def refuse_empty_text(text: str | None) -> None:

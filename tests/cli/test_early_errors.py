@@ -36,9 +36,13 @@ def no_torch(tmp_path, monkeypatch):
         "version: 1\nbase: {path: base}\nedits:\n"
         "  - {op: zero, tensor: model.layers.0.mlp.down_proj.weight, index: [0, 0]}\n"
     )
+    edit = (tmp_path / "edit.yaml").read_text()
+    (tmp_path / "far.yaml").write_text(edit.replace("layers.0", "layers.99"))
+    (tmp_path / "lost.yaml").write_text(edit.replace("path: base", "path: lost"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "torch", None)
     monkeypatch.setattr(run_arguments, "GPU_FILES", ())
+    return tmp_path
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -77,6 +81,73 @@ def test_a_figure_that_cannot_be_written_is_refused(no_torch, capsys, command, p
 def test_an_impossible_factor_is_refused(no_torch, capsys, factors, line):
     assert main(["sweep", "edit.yaml", "--factors", factors]) == 2
     assert capsys.readouterr().err.startswith(f"swsurgery: {line}")
+
+
+REFUSED = [
+    *[[*words, *more] for words in COMMANDS.values() for more in (
+        ["--windows", "0"], ["--window", "1"], ["--placement", "here"], ["--device", "cpu:0"], ["--bogus"],
+        ["--page", "nothere/x.html"], ["--page", "x.txt"], ["--page", "base/x.html"], ["--page", "empty.txt/x.html"],
+    )],
+    *[[*COMMANDS[name], "--prompt", ""] for name in ("apply", "check", "scan")],
+    *[[*COMMANDS[name], *more] for name in ("scan", "sweep", "compare") for more in (
+        ["--csv", "--json"], ["--csv", "--latex"],
+    )],
+    *[[*COMMANDS[name], *more] for name in ("apply", "check") for more in (
+        ["--max-perplexity-ratio", "0"], ["--max-perplexity-ratio", "nan"], ["--max-perplexity-ratio", "a"],
+        ["--max-perplexity-ratio", "1", "--min-perplexity-ratio", "2"], ["--generate", "-1"],
+    )],
+    ["apply", "edit.yaml", "-o", "base"],
+    ["apply", "edit.yaml", "-o", "nothere/out"],
+    ["apply", "edit.yaml", "-o", "out", "--in-place"],
+    ["apply", "edit.yaml", "--in-place", "--link", "hard"],
+    ["apply", "edit.yaml", "-o", "out", "--undo-limit", "x"],
+    ["apply", "edit.yaml", "-o", "out", "--check", "off", "--max-perplexity-ratio", "2"],
+    ["apply", "edit.yaml", "-o", "out", "--check", "weights", "--generate", "2"],
+    ["apply", "far.yaml", "-o", "out"],
+    ["apply", "lost.yaml", "-o", "out"],
+    ["check", "base", "--max-perplexity-ratio", "2"],
+    ["check", "base", "--base", "nothere"],
+    ["check", "base", "--base", "base/config.json"],
+    ["check", "base", "--activation-bits", "1"],
+    ["check", "base", "--variant", "fp16"],
+    ["check", "base/config.json"],
+    ["check", "nothere"],
+    ["compare", "edit.yaml", "lost.yaml"],
+    ["compare", "edit.yaml", "--activation-bits", "99"],
+    ["compare", "far.yaml"],
+    ["compare", "nothere.yaml"],
+    ["sweep", "far.yaml", "--factors", "1,2"],
+    ["sweep", "lost.yaml", "--factors", "1,2"],
+    ["sweep", "edit.yaml"],
+    ["scan", "nothere"],
+    ["scan", "base", "--text", "empty.txt"],
+    ["scan", "base", "--op", "zero"],
+    ["scan", "base", "--factor", "2"],
+    ["scan", "base", "--manifest", "x.yaml", "--op", "scale"],
+    ["scan", "base", "--manifest", "x.yaml", "--op", "scale", "--factor", "nan"],
+    ["scan", "base", "--manifest", "x.yaml", "--factor", "2"],
+    ["scan", "base", "--manifest", "nothere/x.yaml"],
+    ["scan", "base", "--manifest", "edit.yaml"],
+    ["scan", "base", "--manifest", "x.svg", "--plot", "x.svg"],
+    ["scan", "base", "--manifest", "x.html", "--page", "x.html"],
+    ["scan", "base", "--method", "weights", "--prompt", "x"],
+    ["scan", "base", "--method", "weights", "--device", "cpu"],
+    ["scan", "base", "--method", "experts", "--register", "mine"],
+    ["scan", "base", "--register", ""],
+    ["scan", "base", "--register", "llama-7b"],
+    ["verify", "patched", "--transformers"],
+    ["verify", "patched", "--complete", "--transformers", "--page", "nothere/x.html"],
+    ["verify", "nothere", "--complete", "--transformers"],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("words", REFUSED, ids=" ".join)
+def test_a_mistake_is_refused_before_torch_is_loaded(no_torch, capsys, words):
+    """torch cannot be imported here, so a command that tries says so instead of naming the mistake."""
+    assert main(words) == 2
+    printed = capsys.readouterr().err
+    assert "torch" not in printed
+    assert not any(no_torch.joinpath(name).exists() for name in ("out", "x.yaml", "x.svg", "x.html"))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="device files are looked up on Linux")
