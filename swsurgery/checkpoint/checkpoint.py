@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from swsurgery.checkpoint.quantised import Quantisation
-from swsurgery.checkpoint.weight_files import SINGLE, Weights, is_index
+from swsurgery.checkpoint.weight_files import SINGLE, Weights, is_gguf, is_index
 from swsurgery.hub.remote import RemoteTree
 from swsurgery.storage.files import BaseFile
 from swsurgery.storage.numeric import load_numpy
@@ -87,6 +87,11 @@ class Checkpoint(TableResult):
     def is_here(self) -> bool:
         """True if the files are on this machine."""
         return not isinstance(self.root, RemoteTree)
+
+    @property
+    def is_gguf(self) -> bool:
+        """True if the weights are a GGUF file, or the parts of one."""
+        return any(is_gguf(name) for name in self.shards)
 
     def to_json(self) -> dict[str, object]:
         """Return the document that `inspect --json` prints: the files and tensors, with sizes in bytes."""

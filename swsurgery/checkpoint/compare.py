@@ -98,10 +98,13 @@ def _find_differences(file: BaseFile, other: BaseFile, declared: set[int], progr
 
 
 def _find_tensor_at(shard: Shard, at: int) -> TensorInfo | None:
-    """Return the tensor whose data contain the byte at offset `at` of the file; None if no tensor's data contain it."""
+    """Return the tensor whose data contain the byte at offset `at` of the file; None if no tensor's data contain it.
+
+    A tensor of blocks is returned as its bytes.
+    """
     for info in shard.tensors.values():
         if info.data_offsets[0] <= at - shard.data_start < info.data_offsets[1]:
-            return info
+            return info.stored
     return None
 
 

@@ -124,10 +124,10 @@ def diff(
 ) -> Difference:
     """Compare every tensor, scalar by scalar, and every other file of two checkpoints.
 
-    `a` and `b` are directories or `hf://ORG/NAME[@REV][/sub]`. All changes are counted, but at most `limit` changes of
-    each tensor are listed. If both checkpoints are on the Hub, files with the same sha256 are not read. If a checkpoint
-    has several sets of weights, `weights` and `variant` choose one. Memory use does not depend on the size of the
-    checkpoints.
+    `a` and `b` are directories, GGUF files or `hf://ORG/NAME[@REV][/sub]`. All changes are counted, but at most `limit`
+    changes of each tensor are listed. Of a GGUF tensor that is stored in blocks, the bytes are compared. If both
+    checkpoints are on the Hub, files with the same sha256 are not read. If a checkpoint has several sets of weights,
+    `weights` and `variant` choose one. Memory use does not depend on the size of the checkpoints.
 
     Raises TypeError, HubError, CheckpointError; TargetError while another run edits one of them in place, and
     SwsurgeryError for a negative `limit`.
@@ -136,9 +136,8 @@ def diff(
     if limit < 0:
         raise SwsurgeryError("limit must be at least 0", limit)
     with open_for_reading("a", a, reporter) as first, open_for_reading("b", b, reporter) as second:
-        return _compare_checkpoints(
-            open_checkpoint(first, weights, variant), open_checkpoint(second, weights, variant), limit, reporter
-        )
+        one, other = (open_checkpoint(root, weights, variant, gguf=True) for root in (first, second))
+        return _compare_checkpoints(one, other, limit, reporter)
 
 
 def _compare_checkpoints(a: Checkpoint, b: Checkpoint, limit: int, progress: Progress) -> Difference:
@@ -179,9 +178,10 @@ def _compare(tensor: str, a: Checkpoint, b: Checkpoint, found: _Found, progress:
     if same_offsets and _has_same_digest(a.get_file(a.weight_map[tensor]), b.get_file(b.weight_map[tensor])):
         progress.advance(info_a.size)
         return
+    stored_a, stored_b = (stored_a[0], info_a.stored), (stored_b[0], info_b.stored)
     changed = _compare_elements(stored_a, stored_b, found, progress, limit)
     if changed:
-        found.tensors[tensor] = (changed, info_a.size // max(info_a.dtype.size, 1))
+        found.tensors[tensor] = (changed, info_a.size // max(info_a.stored.dtype.size, 1))
         if len(found.notes) < MAX_DIFF_NOTES and (
             why := a.quantisation.explain_refusal(tensor) or b.quantisation.explain_refusal(tensor)
         ):

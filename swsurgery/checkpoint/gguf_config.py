@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from swsurgery.checkpoint.architectures import GGUF_TYPE
-from swsurgery.errors import CheckpointError
 from swsurgery.storage.gguf import MetadataValue, SkippedArray
 
 _SIZES = (
@@ -53,11 +52,3 @@ def _read_size(value: MetadataValue | None) -> int | list[int] | None:
     if isinstance(value, tuple):
         return [size for size in value if type(size) is int and size > 0]
     return None
-
-
-def refuse_split(metadata: Mapping[str, MetadataValue], where: object) -> None:
-    """Raise CheckpointError if a GGUF file contains only a part of the model."""
-    parts = metadata.get("split.count")
-    if type(parts) is int and parts > 1:
-        what = f"contains one of {parts} parts of a model, and split GGUF files are not read"
-        raise CheckpointError(what, where, "merge the parts with llama-gguf-split --merge")

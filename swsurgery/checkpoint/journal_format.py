@@ -22,7 +22,7 @@ from pydantic import BeforeValidator, Field, ValidationError
 
 from swsurgery.errors import CheckpointError
 from swsurgery.storage.folder import Entry
-from swsurgery.storage.names import JOURNAL, OWN_FILES, SHARD_NAME, is_undo_name
+from swsurgery.storage.names import EDITABLE_NAME, JOURNAL, OWN_FILES, is_undo_name
 from swsurgery.storage.schema import Position, Strict, Version, require_whole_number
 from swsurgery.storage.strict_json import parse_json
 
@@ -31,7 +31,7 @@ MAX_JOURNAL = 256 << 20
 swsurgery's own files."""
 
 Inode = Annotated[int, Field(ge=0, lt=1 << 64)]
-Name = Annotated[str, Field(pattern=f"^{SHARD_NAME.pattern}$")]
+Name = Annotated[str, Field(pattern=f"^{EDITABLE_NAME.pattern}$")]
 Hex = Annotated[str, Field(pattern=r"^([0-9a-f]{2})*$")]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 if TYPE_CHECKING:

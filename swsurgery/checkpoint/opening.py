@@ -17,7 +17,7 @@ from swsurgery.checkpoint import journal
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.checkpoint.copies import look_at_others
 from swsurgery.checkpoint.damage import Survey, find_present_weights, read_damaged_shards
-from swsurgery.checkpoint.gguf_config import make_config, refuse_split
+from swsurgery.checkpoint.gguf_config import make_config
 from swsurgery.checkpoint.gguf_survey import check_parts, find_parts, read_damaged_parts, refuse_part
 from swsurgery.checkpoint.hints import is_cache_folder, suggest_neighbour, suggest_snapshot
 from swsurgery.checkpoint.journal_format import Journal
@@ -26,8 +26,6 @@ from swsurgery.checkpoint.record import find_record_among
 from swsurgery.checkpoint.weight_files import (
     WeightFiles,
     Weights,
-    explain_gguf,
-    find_gguf_weights,
     find_weights,
     format_some,
     has_only_gguf,
@@ -43,11 +41,11 @@ from swsurgery.storage import filesystem
 from swsurgery.storage.arguments import require_choice, require_location, require_type
 from swsurgery.storage.files import BaseFile
 from swsurgery.storage.folder import Folder, SingleFile
-from swsurgery.storage.gguf import open_gguf
+from swsurgery.storage.gguf import GgufFile, open_gguf
 from swsurgery.storage.names import WORKING_FILES, is_undo_name
 from swsurgery.storage.numbers import format_size
 from swsurgery.storage.shard import Shard, open_shard
-from swsurgery.storage.strict_json import read_config
+from swsurgery.storage.strict_json import quote, read_config
 from swsurgery.threads import Pool
 
 T = TypeVar("T")
@@ -110,12 +108,17 @@ def open_checkpoint(
 def held(root: Path | Folder | RemoteTree) -> Iterator[Folder | RemoteTree]:
     """Enter a directory for reading: undo an interrupted edit in place, and prevent new edits during the `with` block.
 
-    Yields the open directory. If `root` is not a path but a repository, or a directory that was entered before, it is
-    yielded unchanged. Raises CheckpointError if the path is not a directory. Raises TargetError while another run edits
-    the directory, or if the interrupted edit cannot be undone.
+    Yields the open directory. If `root` is a GGUF file, its directory is entered, and only this file is visible in the
+    yielded directory. If `root` is not a path but a repository, or a directory that was entered before, it is yielded
+    unchanged. Raises CheckpointError if the path is neither a directory nor a GGUF file. Raises TargetError while
+    another run edits the directory, or if the interrupted edit cannot be undone.
     """
     if not isinstance(root, Path):
         yield root
+        return
+    if (single := _find_single_file(root)) is not None:
+        with held(single.path):
+            yield single
         return
     folder = _open_directory(root)
     editable = not is_cache_snapshot(folder.path)
@@ -168,8 +171,6 @@ def survey_checkpoint(
     listing = _list(root)
     names = _check_choice(listing, weights, variant)
     if has_only_gguf(names):
-        if isinstance(root, SingleFile):
-            refuse_part(listing.root, root.name)
         return _survey_gguf(listing, names)
     chosen, damages = find_present_weights(listing.root, names, weights, variant, elsewhere)
     present = [names[name] for name in chosen.shards if name in names]
@@ -187,19 +188,7 @@ def _survey_gguf(listing: _Listing, names: Mapping[str, BaseFile]) -> Survey:
     found, damages = find_parts(listing.root, names)
     parts, faults = read_damaged_parts([names[name] for name in found], _map_files)
     first = parts.get(found[0])
-    checkpoint = Checkpoint(
-        root=listing.root,
-        files=listing.files,
-        shards={name: part.shard for name, part in parts.items()},
-        weight_map={tensor: name for name, part in parts.items() for tensor in part.shard.tensors},
-        index_name=None,
-        config=make_config(first.metadata) if first else {},
-        left_out=listing.left_out,
-        repo_id=listing.repo_id,
-        revision=listing.revision,
-        in_cache=listing.in_cache,
-        sub=listing.sub,
-    )
+    checkpoint = _build_gguf(listing, parts, make_config(first.metadata) if first else {})
     damages += [*faults, *check_parts(parts, missing=bool(damages or faults))]
     return Survey(checkpoint, tuple(damages), {}, None, first.metadata if first else {})
 
@@ -213,8 +202,8 @@ def _read(
 ) -> Checkpoint:
     """Find the weights among the files of a listing, and read the index, the headers of the shards and config.json."""
     names = _check_choice(listing, weights, variant)
-    if gguf and (found := find_gguf_weights(listing.root, names)) is not None:
-        return _read_gguf(listing, names[found])
+    if gguf and has_only_gguf(names):
+        return _read_gguf(listing, names)
     chosen = find_weights(listing.root, names, weights, variant, elsewhere)
     shards = _read_shards([names[name] for name in chosen.shards if name in names], listing.root)
     return _build(listing, names, chosen, shards, compare_size=not elsewhere)
@@ -263,18 +252,41 @@ def _build(
     )
 
 
-def _read_gguf(listing: _Listing, file: BaseFile) -> Checkpoint:
-    """Read the header of the GGUF file that contains all weights of a checkpoint. Raises CheckpointError."""
-    opened = open_gguf(file.source)
-    refuse_split(opened.metadata, file.source)
+def _read_gguf(listing: _Listing, names: Mapping[str, BaseFile]) -> Checkpoint:
+    """Read the header of the GGUF file, or of each part of a split one, with the weights of a checkpoint.
+
+    Raises CheckpointError, also if a part is missing or if two parts have the same tensor.
+    """
+    found, missing = find_parts(listing.root, names)
+    if missing:
+        raise CheckpointError(f"a part of the model is missing: {missing[0].file}", listing.root, "download all parts")
+    parts = dict(_map_files([names[name] for name in found], lambda file: open_gguf(file.source)))
+    for damage in check_parts(parts, missing=False):
+        raise CheckpointError(damage.what, f"{listing.root}/{damage.file}", "download the parts again")
+    return _build_gguf(listing, parts, make_config(parts[found[0]].metadata))
+
+
+def _build_gguf(listing: _Listing, parts: Mapping[str, GgufFile], config: dict[str, object]) -> Checkpoint:
+    """Build the checkpoint from its GGUF files. Raises CheckpointError if two of them have the same tensor."""
+    weight_map: dict[str, str] = {}
+    for name, part in parts.items():
+        if twice := sorted(weight_map.keys() & part.shard.tensors.keys()):
+            what = f"has the tensor {quote(twice[0])}, which {weight_map[twice[0]]} has too"
+            raise CheckpointError(what, part.shard.file)
+        weight_map |= dict.fromkeys(part.shard.tensors, name)
+    shards = {name: part.shard for name, part in parts.items()}
+    rest = [file for file in listing.files if file.name not in shards and not is_undo_name(file.name)]
+    others = look_at_others(rest, shards, _read_headers)
     return Checkpoint(
         root=listing.root,
         files=listing.files,
-        shards={file.name: opened.shard},
-        weight_map=dict.fromkeys(opened.shard.tensors, file.name),
+        shards=shards,
+        weight_map=weight_map,
         index_name=None,
-        config=make_config(opened.metadata),
+        config=config,
+        copies=others.copies,
         left_out=listing.left_out,
+        notes=others.notes,
         repo_id=listing.repo_id,
         revision=listing.revision,
         in_cache=listing.in_cache,
@@ -291,7 +303,7 @@ def open_for_reading(name: str, checkpoint: str | Path, reporter: Reporter) -> I
     repository. Raises TypeError, HubError and the errors of `held`.
     """
     where = open_location(parse_location(require_location(name, checkpoint)))
-    with held(where if isinstance(where, RemoteTree) else _find_single_file(where) or where) as root:
+    with held(where) as root:
         yield root
     if isinstance(root, RemoteTree):
         reporter.say(describe_traffic(root))
@@ -344,9 +356,14 @@ def _open_directory(root: Path) -> Folder:
 
 
 def _list(root: Folder | RemoteTree) -> _Listing:
-    """List the files of a checkpoint. Raises CheckpointError for an entry that a checkpoint must not contain."""
+    """List the files of a checkpoint. Raises CheckpointError for an entry that a checkpoint must not contain.
+
+    Also raises it for one part of a split GGUF file.
+    """
     if not isinstance(root, Folder):
         return _list_repository(root)
+    if isinstance(root, SingleFile):
+        refuse_part(root, root.name)
     files, left_out = list_files(root)
     where = root.path / root.name if isinstance(root, SingleFile) else root.path
     return _Listing(where, files, left_out, *identify_cache(root.path), is_cache_snapshot(root.path))
@@ -357,7 +374,8 @@ def _explain_no_directory(given: Path, path: Path) -> CheckpointError:
     if not path.exists():
         return CheckpointError("no such checkpoint", path, suggest_neighbour(given) or suggest_uri(str(given)))
     if is_gguf(path.name) or is_gguf(given.name):
-        return explain_gguf(given)
+        what = "the record of an edit is in the directory of a GGUF file, but this is the file"
+        return CheckpointError(what, given, f"give {given.parent}, or write a copy with -o")
     remedy = suggest_snapshot(given.absolute()) or suggest_snapshot(path)
     remedy = remedy or f"give the directory that contains the file: {given.parent}"
     return CheckpointError("a checkpoint is a directory, but this is a file", path, remedy)

@@ -42,7 +42,7 @@ from swsurgery.errors import (
 from swsurgery.hub.remote import RemoteTree
 from swsurgery.storage.coordinate import Coordinate
 from swsurgery.storage.files import File
-from swsurgery.storage.folder import Folder
+from swsurgery.storage.folder import Folder, SingleFile
 from swsurgery.storage.names import OWN_FILES, make_undo_name
 from swsurgery.storage.result import TableResult
 from swsurgery.storage.schema import Strict, require_whole_number
@@ -266,6 +266,8 @@ def read_record(root: Folder | RemoteTree) -> Patched:
     """
     patched = find_record(root)
     if patched is None:
+        if isinstance(root, SingleFile):
+            raise CheckpointError("a single file has no record", root, f"give the directory {root.path}")
         remedy = "give a checkpoint that swsurgery patched; verify --known and verify --manifest need no record"
         raise CheckpointError("the checkpoint has no record", f"{root}/{RECORD_NAME}", remedy)
     return patched

@@ -32,7 +32,7 @@ def compare_scalar(record: ScalarRecord, checkpoint: Checkpoint) -> ScalarFault 
     shard = checkpoint.shards.get(record.file)
     if shard is None or record.tensor not in shard.tensors:
         return ScalarFault("the record names a scalar that the shards do not have", True)
-    info = shard.tensors[record.tensor]
+    info = shard.tensors[record.tensor].stored
     try:
         offset = shard.find_offset(record.tensor, record.index)
         old = record.old_bytes

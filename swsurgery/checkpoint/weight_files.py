@@ -204,24 +204,9 @@ def has_only_gguf(names: Collection[str]) -> bool:
 
 
 def explain_gguf(where: object) -> CheckpointError:
-    """Return the error of a command that reads no GGUF files, and edits none. `where` is the file."""
-    readers = "inspect, preflight, and verify with --known, --protected, --finite, --values or --complete"
-    what = f"a GGUF file cannot be edited or run, and is read only by {readers}"
+    """Return the error of a command that reads no GGUF files. `where` is the file."""
+    what = "this command does not read GGUF files, because swsurgery cannot run them"
     return CheckpointError(what, where, "give the safetensors checkpoint from which the file was converted")
-
-
-def find_gguf_weights(root: object, names: Collection[str]) -> str | None:
-    """Return the name of the GGUF file with the weights; None if there is none, or if there are safetensors files.
-
-    Raises CheckpointError if there are several GGUF files.
-    """
-    found = sorted(name for name in names if is_gguf(name))
-    if not found or any("/" not in name and name.endswith((".safetensors", INDEX_SUFFIX)) for name in names):
-        return None
-    if len(found) > 1:
-        what = f"there are {len(found)} GGUF files, such as {found[0]}"
-        raise CheckpointError(what, root, f"choose one: give {root}/NAME.gguf")
-    return found[0]
 
 
 def _is_index_of(single: str, index: Listed, name: str) -> bool:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from swsurgery.cli.options import CheckpointArgument, ReadableArgument, VariantOption, WeightsOption, table_command
+from swsurgery.cli.options import ReadableArgument, VariantOption, WeightsOption, table_command
 from swsurgery.cli.output import Output
 
 
@@ -34,7 +34,7 @@ def inspect(
 @table_command
 def diff(
     out: Output,
-    a: CheckpointArgument,
+    a: ReadableArgument,
     b: Annotated[str, typer.Argument(help="The checkpoint to compare A with.", show_default=False)],
     weights: WeightsOption = None,
     variant: VariantOption = None,

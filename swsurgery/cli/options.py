@@ -128,7 +128,8 @@ ReadableArgument = Annotated[
 ]
 DirectoryArgument = Annotated[str, typer.Argument(help="The checkpoint's directory.", show_default=False)]
 BaseOption = Annotated[
-    str | None, typer.Option(help="The base, instead of the manifest's base: a directory or hf://ORG/NAME[@REV].")
+    str | None,
+    typer.Option(help="The base, instead of the manifest's base: a directory, a GGUF file or hf://ORG/NAME[@REV]."),
 ]
 TextOption = Annotated[
     Path | None, typer.Option(help="A file with the text to measure on, instead of the built-in passage.")

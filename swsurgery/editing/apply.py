@@ -58,7 +58,8 @@ def plan(manifest: ManifestsLike, base: str | Path | None = None, *, reporter: R
     `manifest` is a path to a manifest or a patch, a manifest's text as bytes, a dict, a Manifest, a LoadedManifest or a
     list of edits, which needs `base`. A list of manifests for one base, such as paths, is merged into one manifest: an
     edit that repeats a change of an earlier manifest is left out, and scalars that two of them change differently are
-    an error. `base` replaces the base that the manifest names: a directory or `hf://ORG/NAME[@REV][/sub]`.
+    an error. `base` replaces the base that the manifest names: a directory, a GGUF file, or
+    `hf://ORG/NAME[@REV][/sub]`.
 
     A pin is the digest that the manifest, or the base's own record, requires of a file. From a repository, only headers
     and single scalars are read, and the digests that the Hub lists are compared with the pins. In a directory, the
@@ -71,7 +72,7 @@ def plan(manifest: ManifestsLike, base: str | Path | None = None, *, reporter: R
     reporter = require_reporter(reporter)
     loaded = load_merged(manifest, base)
     with held(open_location(find_base(loaded, base))) as root:
-        found = make_plan(loaded, read_checkpoint(root, loaded.manifest.base))
+        found = make_plan(loaded, read_checkpoint(root, loaded.manifest.base, gguf=True))
         draft_record(found)  # so that a dry run refuses what `apply` would refuse
         found = replace(check_planned(found, reporter), notes=(*found.notes, *_list_unmeasured(found)))
     if isinstance(root, RemoteTree):
@@ -135,7 +136,7 @@ def apply(
         return apply_in_place(loaded, where, check, undo_limit, reporter)
     target = Path.cwd() / loaded.path.stem if output is None else require_path("output", output)
     with held(open_location(where) if for_publish else download_checkpoint(where)) as root:
-        plan = make_plan(loaded, read_checkpoint(root, loaded.manifest.base))
+        plan = make_plan(loaded, read_checkpoint(root, loaded.manifest.base, gguf=True))
         refuse_inside(target, plan.checkpoint)
         combine_bounds(plan, check)  # raises before the copy, which may take an hour
         draft = draft_record(plan)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from swsurgery.checkpoint.record_entries import UndoRecord
 from swsurgery.storage.files import BaseFile
+from swsurgery.storage.names import SHARD_ENDINGS
 from swsurgery.storage.shard import Shard
 from swsurgery.storage.splice import Splice
 
@@ -115,5 +116,5 @@ def compute_outside_mode(files: Sequence[BaseFile]) -> int:
 
 def compute_record_mode(files: Iterable[BaseFile]) -> int:
     """Return the permissions for a file that contains values of weights: those that all shards of `files` have."""
-    modes = (file.mode for file in files if file.name.endswith(".safetensors"))
+    modes = (file.mode for file in files if file.name.lower().endswith(SHARD_ENDINGS))
     return functools.reduce(operator.and_, modes, 0o666) | 0o600

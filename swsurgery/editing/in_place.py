@@ -49,7 +49,7 @@ from swsurgery.progress import Progress, Reporter
 from swsurgery.storage import filesystem
 from swsurgery.storage.folder import Entry, Folder
 from swsurgery.storage.hashing import check_digest, hash_file
-from swsurgery.storage.names import OWN_FILES, make_undo_name
+from swsurgery.storage.names import EDITABLE_NAME, OWN_FILES, make_undo_name
 from swsurgery.storage.numbers import format_size
 from swsurgery.storage.pipeline import stream
 from swsurgery.storage.shard import MAX_HEADER
@@ -72,7 +72,7 @@ def apply_in_place(
     """
     root = _find_directory(base)
     with held_for_editing(root) as (folder, _), contextlib.ExitStack() as opened:
-        checkpoint = read_checkpoint(folder, loaded.manifest.base)
+        checkpoint = read_checkpoint(folder, loaded.manifest.base, gguf=True)
         previous = find_record(checkpoint)
         if previous and previous.record.manifest_sha256 == hashlib.sha256(loaded.raw).hexdigest():
             found = report_applied(folder, checkpoint, loaded, previous, reporter)
@@ -133,7 +133,7 @@ def revert_in_place(root: Path, progress: Progress) -> tuple[str, ...]:
         if record.undo and record.undo.size > MAX_UNDO + MAX_HEADER:
             what = f"the undo file has {format_size(record.undo.size)}, too much to revert in place"
             raise CheckpointError(what, root, "revert with -o")
-        checkpoint = read_checkpoint(folder, record.base)
+        checkpoint = read_checkpoint(folder, record.base, gguf=True)
         if hashlib.sha256(patched.manifest_raw).hexdigest() != record.manifest_sha256:
             raise CheckpointError(
                 "the manifest was changed since it was applied, and revert would delete it",
@@ -206,6 +206,9 @@ def _open_shards(
         entry = file.entry
         if entry is None or entry.folder is not folder:
             raise TargetError("the file is not in the directory to edit", file.source)
+        if not EDITABLE_NAME.fullmatch(name):
+            what = "an edit in place accepts only names of letters, digits, dots, hyphens and underscores"
+            raise TargetError(what, entry, "rename the file, or apply with -o")
         _refuse_shared(entry)
         shards[name] = edited_shard.OpenShard(entry)
         opened.callback(shards[name].close)

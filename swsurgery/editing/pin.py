@@ -71,7 +71,7 @@ def pin(
     path = _find_file(loaded, manifest) if is_path(manifest) else None
     target = path if output is None else require_path("output", output)
     with held(open_location(find_base(loaded, base))) as root:
-        pinned = pin_manifest(loaded, read_checkpoint(root, loaded.manifest.base), reporter)
+        pinned = pin_manifest(loaded, read_checkpoint(root, loaded.manifest.base, gguf=True), reporter)
     if dry_run or target is None:
         return pinned
     if pinned.added or target != path:

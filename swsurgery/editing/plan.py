@@ -16,7 +16,7 @@ from swsurgery.checkpoint.record import Patched, find_record
 from swsurgery.checkpoint.region_summary import describe_operation
 from swsurgery.checkpoint.sizes import read_sizes
 from swsurgery.checkpoint.tying import list_tied_faults
-from swsurgery.editing.asked import Misfit
+from swsurgery.editing.asked import Asked, Misfit
 from swsurgery.editing.code_edit import CodeEdit
 from swsurgery.editing.compose import drop_repeated
 from swsurgery.editing.conflicts import find_conflicts, find_region_conflicts
@@ -190,7 +190,7 @@ def make_plan(loaded: LoadedManifest, checkpoint: Checkpoint) -> Plan:
     if faults:
         raise PlanError.of(_shorten(faults, MAX_FAULTS, f"{loaded.path}: "))
     omitted = checkpoint.copies if loaded.manifest.base.copies == "omit" else ()
-    idle = _list_idle(loaded, [(one.number, scalar) for one, scalar in read] + [*codes.splices])
+    idle = _list_idle(loaded, read, codes.edits)
     notes = (*_collect_notes(loaded, checkpoint), *resolution.notes, *idle)
     return Plan(
         loaded,
@@ -208,12 +208,15 @@ def make_plan(loaded: LoadedManifest, checkpoint: Checkpoint) -> Plan:
     )
 
 
-def _list_idle(loaded: LoadedManifest, scalars: Iterable[tuple[int, Scalar]]) -> list[str]:
-    """Return a note for each edit of a scalar that writes the bits that are stored already."""
-    idle = [(number, one) for number, one in scalars if isinstance(one, Splice) and one.new == one.old]
+def _list_idle(loaded: LoadedManifest, scalars: Iterable[tuple[Asked, Scalar]], codes: Iterable[CodeEdit]) -> list[str]:
+    """Return a note for each edit of a scalar that writes the bits or the code that is stored already."""
+    plain = [(asked.number, one) for asked, one in scalars if isinstance(one, Splice) and one.new == one.old]
+    idle = [(number, splice.op, splice.coordinate) for number, splice in plain]
+    coded = (edit for edit in codes if edit.op != "protect" and edit.new_code == edit.old_code)
+    idle += [(edit.number, edit.op, edit.coordinate) for edit in coded]
     notes = [
-        f"{loaded.describe_position(number)}: {scalar.op} has no effect: {scalar.coordinate} already has this value"
-        for number, scalar in idle
+        f"{loaded.describe_position(number)}: {op} has no effect: {coordinate} already has this value"
+        for number, op, coordinate in idle
     ]
     return _shorten(notes, MAX_NOTES)
 

@@ -11,10 +11,12 @@ from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.checkpoint.layouts.cells import BitField, CannotTell, Cell, QuantisedMatrix
 from swsurgery.checkpoint.layouts.find import find_codes, find_matrix, make_reader
 from swsurgery.checkpoint.layouts.module import list_elements
+from swsurgery.checkpoint.projections import find_short_form
 from swsurgery.editing.asked import Asked, Misfit
 from swsurgery.editing.code_edit import CodeEdit, PlannedCodes
 from swsurgery.editing.sources import Sources
-from swsurgery.errors import NumberError, PlanError, SwsurgeryError
+from swsurgery.editing.targets import locate
+from swsurgery.errors import ArchitectureError, NumberError, PlanError, SwsurgeryError
 from swsurgery.manifest.operations import Edit, Protect, Restore, Scale, Set, Zero, is_of_stored_number
 from swsurgery.manifest.targets import MeasuredValue
 from swsurgery.storage import dtypes
@@ -103,7 +105,7 @@ class _Opened:
     def list_elements(self, found: _Found) -> list[Coordinate]:
         """List the stored numbers that contain the code of an element. Raises PlanError for an opaque dtype."""
         for bits in found.cell.fields:
-            dtype = self.checkpoint.get_info(bits.tensor).dtype
+            dtype = self.checkpoint.get_info(bits.tensor).stored.dtype
             if dtype.bits % 8 or dtype.kind == "opaque":
                 raise PlanError(f"{dtype.name} {dtype.refusal}", bits.tensor)
         return list_elements(found.cell, self.checkpoint.infos)
@@ -113,7 +115,7 @@ class _Opened:
         file = self.checkpoint.weight_map[place.tensor]
         shard = self.checkpoint.shards[file]
         old = shard.read_scalar(*place)
-        return Scalar(file, place, shard.tensors[place.tensor].dtype, shard.find_offset(*place), old)
+        return Scalar(file, place, shard.tensors[place.tensor].stored.dtype, shard.find_offset(*place), old)
 
 
 @dataclass
@@ -128,7 +130,7 @@ class _Element:
         """Replace the bits of this number that hold the code of `cell`."""
         if self.bits < 0:
             self.bits = int.from_bytes(self.scalar.old, "little")
-        flat = opened.checkpoint.get_info(self.scalar.coordinate.tensor).flatten(self.scalar.coordinate.index)
+        flat = opened.checkpoint.get_info(self.scalar.coordinate.tensor).stored.flatten(self.scalar.coordinate.index)
         begin = flat * self.scalar.dtype.bits
         for bits in cell.fields:
             self._put_field(bits, code & (1 << bits.width) - 1, begin)
@@ -188,6 +190,9 @@ def _check_expectation(asked: Asked, found: _Found) -> None:
 def _choose_code(asked: Asked, found: _Found, opened: _Opened) -> CodeEdit:
     """Choose the code whose value is nearest to the value that an edit asks for. Raises PlanError."""
     edit, cell = asked.edit, found.cell
+    if not math.isfinite(found.value):
+        what = f"cannot {edit.op} an element whose value is {found.value}, because its scale or its code is no number"
+        raise PlanError(what, found.coordinate, "give a checkpoint without NaN and infinities")
     try:
         wanted = _compute_wanted(asked, found, opened)
         code = found.code if isinstance(edit, Protect) else _find_code(edit, cell, wanted)
@@ -227,8 +232,6 @@ def _compute_wanted(asked: Asked, found: _Found, opened: _Opened) -> float:
     if isinstance(edit, Protect):
         return found.value
     if isinstance(edit, Scale):
-        if not math.isfinite(found.value):
-            raise NumberError(f"the stored value is {found.value}, which cannot be scaled", remedy="use set or zero")
         return found.value * edit.factor  # rounded once, to float64
     if isinstance(edit, Set):
         if edit.value is None:
@@ -238,20 +241,38 @@ def _compute_wanted(asked: Asked, found: _Found, opened: _Opened) -> float:
         if edit.source is None:
             assert asked.value is not None  # `resolve` reports a scalar without a known value
             return float(asked.value.value)
-        return _read_source(edit.source, found.coordinate, opened.sources)
+        return _read_source(edit.source, found.coordinate, opened)
     raise PlanError(f"{edit.op} needs more than one scalar", asked.coordinate)
 
 
-def _read_source(name: str, coordinate: Coordinate, sources: Sources) -> float:
+def _read_source(name: str, coordinate: Coordinate, opened: _Opened) -> float:
     """Read the value of a weight, plain or quantised, in the checkpoint that `from:` names. Raises PlanError."""
-    checkpoint = sources.open(name)
-    tensor, index = coordinate
+    checkpoint = opened.sources.open(name)
+    tensor, index = coordinate = _find_in_source(coordinate, opened.checkpoint, checkpoint)
     if tensor not in checkpoint.weight_shapes:
         raise PlanError(f"{name} has no weight {tensor}", remedy="give the base in from:")
     if not is_valid_index(index, shape := checkpoint.weight_shapes[tensor]):
         raise PlanError(f"{tensor} has the shape {list(shape)} in {name}", remedy="give the base in from:")
     if find_codes(checkpoint, tensor) is not None:
-        return _Opened(checkpoint, sources).find(coordinate).value
+        return _Opened(checkpoint, opened.sources).find(coordinate).value
     info = checkpoint.get_info(tensor)
     data = checkpoint.shards[checkpoint.weight_map[tensor]].read_scalar(tensor, index)
     return float(dtypes.decode(info.dtype, data))
+
+
+def _find_in_source(coordinate: Coordinate, checkpoint: Checkpoint, source: Checkpoint) -> Coordinate:
+    """Return the place of a weight in another checkpoint, which may name it differently.
+
+    A GGUF file and the model from which it was converted have the same elements of down projections. All other weights
+    must have the same name.
+    """
+    if checkpoint.is_gguf == source.is_gguf or coordinate.tensor in source.weight_shapes:
+        return coordinate
+    short = find_short_form(checkpoint.config, checkpoint.weight_shapes, coordinate)
+    if short is None:
+        return coordinate
+    layer, row, col, expert = short
+    try:
+        return locate(source, layer, row, col, expert)
+    except ArchitectureError:
+        return coordinate

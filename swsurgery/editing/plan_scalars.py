@@ -25,6 +25,7 @@ from swsurgery.manifest.operations import (
 from swsurgery.storage import dtypes
 from swsurgery.storage.coordinate import is_valid_index
 from swsurgery.storage.files import read_exactly
+from swsurgery.storage.ggml import BlockDtype
 from swsurgery.storage.shard import TensorInfo
 from swsurgery.storage.splice import Scalar, Splice
 
@@ -133,4 +134,6 @@ def _explain_index(info: TensorInfo, index: tuple[int, ...]) -> str:
 def _refuse_quantised(name: str, checkpoint: Checkpoint) -> None:
     """Raise PlanError if a tensor does not store plain weights."""
     if why := checkpoint.quantisation.explain_refusal(name):
+        if isinstance(checkpoint.get_info(name).dtype, BlockDtype):
+            raise PlanError(why, name, "use set, scale or zero, which store the nearest code")
         raise PlanError(why, name, "edit the model before it is quantised, or set raw: true to change a stored number")

@@ -60,7 +60,7 @@ def _make_reader(edits: Edits, checkpoint: Checkpoint) -> ReadBytes:
         data = bytearray(stored(name, begin, size))
         for _, splice in edits:
             if splice.coordinate.tensor == name:
-                info = checkpoint.get_info(name)
+                info = checkpoint.get_info(name).stored
                 start = info.flatten(splice.coordinate.index) * info.dtype.size - begin
                 for position, byte in enumerate(splice.new, start):
                     if 0 <= position < size:

@@ -25,6 +25,7 @@ from swsurgery.checkpoint.record_entries import (
 )
 from swsurgery.errors import PlanError, TargetError
 from swsurgery.known import shipped
+from swsurgery.storage.ggml import BlockDtype
 from swsurgery.storage.strict_json import MAX_JSON, RECORD, Limits
 
 if TYPE_CHECKING:  # for annotations only
@@ -158,7 +159,8 @@ def read_source_date_epoch() -> int | None:
 
 def _describe(scalar: Scalar, plan: Plan) -> dict[str, Any]:
     """Describe one scalar, and the known super weight at its coordinate, as JSON."""
-    entry = plan.facts.get(scalar.coordinate)
+    is_byte = isinstance(plan.checkpoint.get_info(scalar.coordinate.tensor).dtype, BlockDtype)
+    entry = None if is_byte else plan.facts.get(scalar.coordinate)  # the index of a byte is no place of a weight
     known = None
     if entry is not None:
         known = {

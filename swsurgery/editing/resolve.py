@@ -19,6 +19,7 @@ from swsurgery.manifest.operations import Clip, Edit, Restore, Round
 from swsurgery.manifest.schema import Manifest
 from swsurgery.manifest.targets import MeasuredValue
 from swsurgery.storage.coordinate import Coordinate
+from swsurgery.storage.ggml import BlockDtype
 from swsurgery.storage.region import Region
 
 MAX_SKIPPED_NAMES = 3
@@ -136,6 +137,10 @@ def _find_faults(edit: Edit, target: EditTarget, regions: Sequence[Region], chec
         yield f"only the values of single scalars are known, but {target} is {regions[0]} (give from: CHECKPOINT)"
         return
     if not edit.writes:
+        infos = [checkpoint.infos[region.tensor] for region in regions if region.tensor in checkpoint.infos]
+        for info in (info for info in infos if isinstance(info.dtype, BlockDtype)):
+            yield f"{info.dtype.name} {info.dtype.refusal}: {info.name} (protect single elements)"
+            return
         return
     names = list(dict.fromkeys(region.tensor for region in regions if region.tensor not in checkpoint.disagreements))
     reasons = {name: why for name in names if (why := checkpoint.quantisation.explain_refusal(name))}

@@ -73,7 +73,7 @@ def revert(
     target = require_path("output", output)
     with held(root) as entered, contextlib.ExitStack() as bases:
         patched = read_record(entered)
-        opened = read_checkpoint(entered, patched.record.base)
+        opened = read_checkpoint(entered, patched.record.base, gguf=True)
         refuse_inside(target, opened)
         record, previous = patched.record, patched.rebuild_previous()
         names = {f.name for f in opened.files}
@@ -115,4 +115,4 @@ def _list_left_out(record: Record, names: Iterable[str]) -> list[str]:
 def _open_base(base: str | Path, bases: contextlib.ExitStack) -> Checkpoint:
     """Open the base with the old bytes of changed regions, and lock it."""
     where = open_location(parse_location(require_location("base", base)))
-    return open_checkpoint(bases.enter_context(held(where)))
+    return open_checkpoint(bases.enter_context(held(where)), gguf=True)

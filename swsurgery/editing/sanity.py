@@ -304,6 +304,8 @@ def _check_forward(
     say: Callable[[str], None],
 ) -> CheckReport:
     """Run base and patched on the same text. Raises ModelError if that is impossible."""
+    if plan.checkpoint.is_gguf:
+        raise ModelError("swsurgery cannot run GGUF files", remedy="run the patched file with llama.cpp")
     changes = [
         model.ScalarChange(s.coordinate, float(decode(s.dtype, s.old)), float(decode(s.dtype, s.new)))
         for s in plan.splices
@@ -336,7 +338,7 @@ def _check_weights(plan: Plan, patched: Folder, progress: Progress) -> dict[str,
     touched = sorted(plan.touched)
     there = set(os.listdir(patched.fd))
     elsewhere = [name for name in plan.checkpoint.shards if name not in there]
-    result = read_checkpoint(patched, plan.loaded.manifest.base, elsewhere=elsewhere)
+    result = read_checkpoint(patched, plan.loaded.manifest.base, elsewhere=elsewhere, gguf=True)
     declared: dict[str, set[int]] = {}
     for splice in plan.splices:
         declared.setdefault(splice.file, set()).update(range(splice.offset, splice.offset + len(splice.new)))

@@ -42,7 +42,7 @@ class Sources:
         if name not in self.opened:
             where = parse_field(name)
             root = open_location(where) if isinstance(where, Uri) else self.beside / where
-            self.opened[name] = open_checkpoint(root)
+            self.opened[name] = open_checkpoint(root, gguf=True)
         return self.opened[name]
 
 

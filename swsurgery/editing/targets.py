@@ -6,6 +6,7 @@ and return it from `read_target`.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -14,8 +15,9 @@ from fnmatch import translate
 from typing import Literal, NamedTuple, Protocol, TypeVar
 
 from swsurgery.checkpoint import projections, structures
-from swsurgery.checkpoint.architectures import ExpertChoice
+from swsurgery.checkpoint.architectures import FAMILIES, ExpertChoice
 from swsurgery.checkpoint.checkpoint import Checkpoint
+from swsurgery.checkpoint.projection_names import list_matches
 from swsurgery.checkpoint.tying import find_tied_partner
 from swsurgery.errors import ArchitectureError, LookupFailed, PlanError
 from swsurgery.known import KnownCoordinate, KnownEntry, KnownExpert, KnownModel, shipped
@@ -365,8 +367,13 @@ def _suggest_tensor(name: str, checkpoint: Checkpoint) -> str:
     """Suggest the tensor with the most similar name, as in "did you mean ...?"; "" if no name is similar.
 
     Only names with the same last two parts, such as `down_proj.weight`, are compared, or all names if no name has them.
-    At most 500 names are compared, because comparing more would be slow.
+    At most 500 names are compared, because comparing more would be slow. For a GGUF file, the name that a down
+    projection has in transformers suggests the name that llama.cpp gives to it.
     """
+    for _, _, layer, expert in list_matches(FAMILIES, name) if checkpoint.is_gguf else ():
+        with contextlib.suppress(ArchitectureError):
+            projection = projections.find_down_projection(checkpoint.config, checkpoint.weight_shapes, layer, expert)
+            return f"name it {projection.tensor}, or give layer, row and col"
     ending = name.rsplit(".", 2)[-2:]
     alike = [t for t in checkpoint.weight_map if t.rsplit(".", 2)[-2:] == ending] or list(checkpoint.weight_map)
     near = difflib.get_close_matches(name, alike[:500], 1, 0.8)

@@ -44,9 +44,10 @@ def _undo(edit: EditRecord, checkpoint: Checkpoint) -> Splice | None:
     record. The stored value is not read.
     """
     shard = checkpoint.shards.get(edit.file)
-    info = shard.tensors.get(edit.tensor) if shard else None
-    if shard is None or info is None:
+    stored = shard.tensors.get(edit.tensor) if shard else None
+    if shard is None or stored is None:
         return None
+    info = stored.stored
     try:
         splice = Splice(
             edit.file, edit.coordinate, info.dtype, edit.offset, edit.new_bytes, op="set", new=edit.old_bytes

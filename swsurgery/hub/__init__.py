@@ -141,7 +141,7 @@ def open_location(checkpoint: Path | Uri) -> Path | RemoteTree:
     if is_offline() or checkpoint.is_commit:
         with contextlib.suppress(CheckpointError) if not is_offline() else contextlib.nullcontext():
             return find_cached(checkpoint)
-    if not checkpoint.sub.lower().endswith(".gguf"):
+    if not _is_file(checkpoint):
         return open_tree(checkpoint.repo_id, checkpoint.revision, checkpoint.sub)
     folder, _, name = checkpoint.sub.rpartition("/")
     tree = open_tree(checkpoint.repo_id, checkpoint.revision, folder)
@@ -151,7 +151,10 @@ def open_location(checkpoint: Path | Uri) -> Path | RemoteTree:
 
 
 def download_checkpoint(checkpoint: Path | Uri) -> Path:
-    """Return a directory with all files of a checkpoint. Downloads missing files to the cache. Raises HubError."""
+    """Return a directory with all files of a checkpoint, or a GGUF file. Downloads missing files to the cache.
+
+    Raises HubError.
+    """
     return fetch(checkpoint) if isinstance(checkpoint, Uri) else checkpoint
 
 
@@ -175,7 +178,7 @@ def find_cached(uri: Uri) -> Path:
 
 
 def fetch(uri: Uri, only: Sequence[str] | None = None) -> Path:
-    """Download a repository to the local cache and return its folder.
+    """Download a repository, or one GGUF file of it, to the local cache, and return its folder or the file.
 
     `only` lists the files to download. By default all files are downloaded; then, if the revision is a full commit and
     its folder is complete, no request is sent. Raises HubError, CheckpointError.
@@ -184,14 +187,23 @@ def fetch(uri: Uri, only: Sequence[str] | None = None) -> Path:
 
     if is_offline() or uri.is_commit and only is None:
         with contextlib.suppress(CheckpointError) if not is_offline() else contextlib.nullcontext():
-            return find_cached(uri)
+            cached = find_cached(uri)
+            if not _is_file(uri) or cached.exists():
+                return cached
     prefix = f"{uri.sub}/" if uri.sub else ""
     patterns = (
         [_escape_pattern(prefix + name) for name in only] if only is not None else [f"{prefix}*"] if prefix else None
     )
+    if only is None and _is_file(uri):
+        patterns = [_escape_pattern(uri.sub)]
     with convert_errors(uri):
         folder = Path(snapshot_download(uri.repo_id, revision=uri.revision, allow_patterns=patterns))
     return folder / uri.sub if uri.sub else folder
+
+
+def _is_file(uri: Uri) -> bool:
+    """Return True if a location names one GGUF file of a repository, and not a folder."""
+    return uri.sub.lower().endswith(".gguf")
 
 
 def _escape_pattern(name: str) -> str:

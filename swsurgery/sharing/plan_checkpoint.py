@@ -32,6 +32,7 @@ from swsurgery.sharing.page import draw_record
 from swsurgery.sharing.publication import Item, Publication, Wish, is_published
 from swsurgery.storage.coordinate import Coordinate
 from swsurgery.storage.files import BaseFile, File, read_at_most, read_exactly
+from swsurgery.storage.ggml import BlockDtype
 from swsurgery.storage.hashing import hash_file
 from swsurgery.storage.names import CARD_NAME, FIGURE_NAME, OWN_FILES, SIGNATURE_NAME, is_undo_name
 from swsurgery.verifying.findings import Finding
@@ -72,7 +73,7 @@ def make_publication(
         patched = read_record(entered)
         record = patched.record
         notes: list[str] = []
-        checkpoint = read_checkpoint(entered, record.base, elsewhere=record.elsewhere)
+        checkpoint = read_checkpoint(entered, record.base, elsewhere=record.elsewhere, gguf=True)
         base, target = (None, None) if offline else (list_base(record), find_target(wish))
         if base is None and not offline:
             named = record.base.repo_id or "the base, which the record does not name,"
@@ -365,9 +366,13 @@ def list_loader_notes(names: Collection[str]) -> list[str]:
 
 
 def find_short_forms(checkpoint: Checkpoint, record: Record) -> dict[Coordinate, ShortForm]:
-    """Return the short form (layer, row, column, expert) of each edited scalar that has one."""
+    """Return the short form (layer, row, column, expert) of each edited scalar that has one.
+
+    A byte of a GGUF tensor of blocks has none.
+    """
     found: dict[Coordinate, ShortForm] = {}
-    for entry in record.edits:
+    blocks = {name for name, info in checkpoint.infos.items() if isinstance(info.dtype, BlockDtype)}
+    for entry in (edit for edit in record.edits if edit.tensor not in blocks):
         with contextlib.suppress(ArchitectureError):
             if form := find_short_form(checkpoint.config, checkpoint.shapes, entry.coordinate):
                 found[entry.coordinate] = form

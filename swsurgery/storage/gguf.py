@@ -101,8 +101,9 @@ def open_truncated_gguf(file: File) -> tuple[GgufFile, int]:
             raise
         except ValueError as error:
             raise ShardError(f"malformed GGUF header: {error}", file) from None
+        padding = read_exactly(opened, max(min(start, size) - reader.position, 0), reader.position)
     needed = start + infos[-1].data_offsets[1] if infos else 0
-    digest = hashlib.sha256(reader.data[: reader.position]).hexdigest()
+    digest = hashlib.sha256(reader.data[: reader.position] + padding).hexdigest()
     shard = Shard(file, size, start - 8, {info.name: info for info in infos}, {}, digest)
     return GgufFile(shard, metadata), max(0, needed - size)
 

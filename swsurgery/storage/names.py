@@ -5,8 +5,15 @@ from __future__ import annotations
 import re
 
 SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,250}\.safetensors")
-"""Pattern of the file name of a shard. Names in an index, a journal or a patch must match it. Such a name contains no
-slash, so it cannot lead out of the directory."""
+"""Pattern of the file name of a shard. Names in an index or a patch must match it. Such a name contains no slash, so it
+cannot lead out of the directory."""
+
+EDITABLE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,250}\.(safetensors|gguf)")
+"""Pattern of the names of files that an edit in place may change: shards and GGUF files. A journal contains no other
+name."""
+
+SHARD_ENDINGS = (".safetensors", ".gguf")
+"""Endings of the names of files that contain weights and that swsurgery can edit."""
 
 VARIANT = r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}"
 """Pattern of the name of a variant of the weights, such as fp16, bf16 or non_ema."""

@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 from swsurgery.errors import ShardError
 from swsurgery.storage.dtypes import DTYPES, Dtype
 from swsurgery.storage.files import File, read_exactly, recognise_format
+from swsurgery.storage.ggml import BlockDtype
 from swsurgery.storage.strict_json import quote, refuse_duplicates
 
 MAX_HEADER = 16 << 20
@@ -48,6 +49,17 @@ class TensorInfo:
     def size(self) -> int:
         """Size of the data in bytes."""
         return self.data_offsets[1] - self.data_offsets[0]
+
+    @property
+    def stored(self) -> TensorInfo:
+        """The same data as numbers that have bytes of their own.
+
+        A tensor of blocks becomes its bytes: U8 with the shape [..., bytes of a row]. Any other tensor stays as it is.
+        """
+        if not isinstance(self.dtype, BlockDtype):
+            return self
+        row = self.shape[-1] // self.dtype.block * self.dtype.block_size
+        return TensorInfo(self.name, DTYPES["U8"], (*self.shape[:-1], row), self.data_offsets)
 
     def flatten(self, index: tuple[int, ...]) -> int:
         """Return the row-major position of `index`. Raises IndexError for an index out of range or of another rank."""
@@ -97,13 +109,19 @@ class Shard:
         return max((info.data_offsets[1] for info in self.tensors.values()), default=0)
 
     def find_offset(self, name: str, index: tuple[int, ...]) -> int:
-        """Return the byte offset of one scalar in the file. Raises KeyError, IndexError."""
-        info = self.tensors[name]
+        """Return the byte offset of one scalar in the file. Raises KeyError, IndexError.
+
+        In a tensor of blocks, a scalar is one byte, and `index` counts the bytes of each row (`TensorInfo.stored`).
+        """
+        info = self.tensors[name].stored
         return self.data_start + info.data_offsets[0] + info.flatten(index) * info.dtype.size
 
     def read_scalar(self, name: str, index: tuple[int, ...]) -> bytes:
-        """Read the stored bytes of one scalar, little-endian. Raises ShardError, KeyError, IndexError."""
-        return read_exactly(self.file, self.tensors[name].dtype.size, self.find_offset(name, index))
+        """Read the stored bytes of one scalar, little-endian. `index` is as in `find_offset`.
+
+        Raises ShardError, KeyError, IndexError.
+        """
+        return read_exactly(self.file, self.tensors[name].stored.dtype.size, self.find_offset(name, index))
 
 
 def open_shard(file: File) -> Shard:

@@ -34,7 +34,7 @@ from swsurgery.errors import (
 from swsurgery.storage import filesystem
 from swsurgery.storage.files import LocalFile, read_at_most
 from swsurgery.storage.folder import Entry, Folder
-from swsurgery.storage.names import STAGE_TOKEN
+from swsurgery.storage.names import SHARD_ENDINGS, STAGE_TOKEN
 
 _TOKEN = re.compile(rb"[0-9a-f]{64}\n")
 
@@ -96,7 +96,7 @@ def stage_output(
             with contextlib.suppress(OSError, SwsurgeryError):
                 _take_back(where, stage)
                 # Unfinished files were removed already, so any remaining shard can be reused.
-                shards = any(n.endswith(".safetensors") for n in _list_files(stage))
+                shards = any(n.endswith(SHARD_ENDINGS) for n in _list_files(stage))
                 kept = shards and (isinstance(error, Interrupted) or isinstance(error, NoSpace) and not made)
                 if not kept:
                     _remove_tree(where.stage)

@@ -10,10 +10,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from swsurgery.checkpoint.checkpoint import Checkpoint
-from swsurgery.checkpoint.record import Patched
+from swsurgery.checkpoint.record import Patched, Record
 from swsurgery.errors import SwsurgeryError, Unidentified
 from swsurgery.hub import RemoteTree
 from swsurgery.progress import Progress
+from swsurgery.storage.coordinate import Coordinate
+from swsurgery.storage.folder import SingleFile
 from swsurgery.storage.ggml import BlockDtype
 from swsurgery.storage.numeric import load_numpy
 from swsurgery.verifying.against_record import check_structure, scan_values, verify_patched
@@ -49,6 +51,8 @@ def run_checks(
         proof = _check_files(proof, checkpoint, search, progress)
     else:
         proof = _check_record(proof, references, references.patched, checkpoint, wishes, search, progress)
+    if search is not None:
+        proof = _search_blocks(proof, checkpoint, progress)
     if wishes is not None:
         proof = _check_wishes(proof, wishes, references, checkpoint, progress)
     if search is not None and question.values:
@@ -94,12 +98,16 @@ def _check_files(proof: Proof, checkpoint: Checkpoint, search: ValueSearch | Non
     proof = proof.add(check_structure(checkpoint), ("structure", "duplicate-weights"))
     if search is None:
         return proof
-    findings = scan_values(search, progress)
-    if any(isinstance(info.dtype, BlockDtype) for info in checkpoint.infos.values()):
-        from swsurgery.verifying.block_values import list_blocks_not_finite
+    return proof.add(scan_values(search, progress), ("non-finite",))
 
-        findings += list_blocks_not_finite(checkpoint, progress)
-    return proof.add(findings, ("non-finite",))
+
+def _search_blocks(proof: Proof, checkpoint: Checkpoint, progress: Progress) -> Proof:
+    """Search the matrices of a GGUF file that are stored in blocks for NaN and infinities."""
+    if not any(isinstance(info.dtype, BlockDtype) for info in checkpoint.infos.values()):
+        return proof
+    from swsurgery.verifying.block_values import list_blocks_not_finite
+
+    return proof.add(list_blocks_not_finite(checkpoint, progress), ())
 
 
 def _check_wishes(
@@ -136,8 +144,7 @@ def _survey_known(proof: Proof, references: References, checkpoint: Checkpoint) 
     from swsurgery.verifying.identification import identify_checkpoint
 
     question, patched = references.question, references.patched
-    declared = {e.coordinate for e in patched.record.edits} if patched else set()
-    declared |= {code.coordinate for code in patched.record.codes} if patched else set()
+    declared = _list_declared(patched.record) if patched else set()
     names = (*references.repo_ids, checkpoint.repo_id, checkpoint.config.get("_name_or_path"))
     try:
         identified = identify_checkpoint(checkpoint, question.model, names, declared)
@@ -147,6 +154,16 @@ def _survey_known(proof: Proof, references: References, checkpoint: Checkpoint) 
     survival = against_known.find_moved(checkpoint, identified.model, survival)
     rules = ("known-lost", "known-unreadable", "known-suspicious")
     return replace(proof.add(survival.list_findings(), rules), survival=survival, identified=identified)
+
+
+def _list_declared(record: Record) -> set[Coordinate]:
+    """Return the coordinates of the weights that the edits of a record name.
+
+    Stored numbers that only contain their codes are left out: in a GGUF file, their index counts bytes.
+    """
+    elements = {element.coordinate for code in record.codes for element in code.elements}
+    declared = {edit.coordinate for edit in record.edits} - elements
+    return declared | {code.coordinate for code in record.codes}
 
 
 def _check_protected(proof: Proof, references: References, checkpoint: Checkpoint) -> Proof:
@@ -169,4 +186,6 @@ def _check_signature(proof: Proof, references: References) -> Proof:
     assert question.signature is not None and question.public_key is not None
     if isinstance(root, RemoteTree):
         raise SwsurgeryError("a signature can only be checked on a local copy", root, "download it with hf download")
+    if isinstance(root, SingleFile):
+        raise SwsurgeryError("a signature covers all files of a directory", root, f"give {root.path}")
     return proof.add(verify_signature(root, question.signature, question.public_key), ("signature",))

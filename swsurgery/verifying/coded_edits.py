@@ -111,7 +111,7 @@ class _OldBytes:
 
     def read(self, name: str, begin: int, size: int) -> bytes:
         """Read bytes of a tensor's data, with the recorded old bytes of the edited numbers."""
-        info = self.checkpoint.get_info(name)
+        info = self.checkpoint.get_info(name).stored
         width = info.dtype.size
         first, last = begin // width, (begin + size - 1) // width
         data = bytearray(make_reader(self.checkpoint)(name, first * width, (last - first + 1) * width))
@@ -127,7 +127,7 @@ def _mark(bits: BitField, checkpoint: Checkpoint, held: dict[Coordinate, int]) -
 
     Returns True if the mask of one of these numbers had one of the bits already.
     """
-    info = checkpoint.get_info(bits.tensor)
+    info = checkpoint.get_info(bits.tensor).stored
     width = info.dtype.bits
     again = False
     for position in range(bits.start, bits.start + bits.width):

@@ -70,12 +70,6 @@ class Question:
         return self.finite or self.values
 
     @property
-    def reads_gguf(self) -> bool:
-        """True if every requested check can read a GGUF file. The others compare files that swsurgery could edit."""
-        with_base = self.base is None or self.protected is not None
-        return self.manifest is None and self.signature is None and with_base
-
-    @property
     def needs_no_record(self) -> bool:
         """True if any requested check also works for a checkpoint without a record."""
         manifests = (self.manifest, self.protected)

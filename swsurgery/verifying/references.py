@@ -66,7 +66,7 @@ def open_subject(references: References) -> tuple[Checkpoint, Completeness | Non
     question = references.question
     elsewhere = references.patched.record.elsewhere if references.patched else ()
     if not question.complete:
-        return read_checkpoint(references.root, question, elsewhere=elsewhere, gguf=question.reads_gguf), None
+        return read_checkpoint(references.root, question, elsewhere=elsewhere, gguf=True), None
     from swsurgery.verifying.complete import open_and_check
 
     return open_and_check(
@@ -121,7 +121,7 @@ def _open_base(
     """
     if question.base is not None:
         base = bases.enter_context(held(open_location(parse_location(question.base))))
-        return open_checkpoint(base, question.weights, question.variant)
+        return open_checkpoint(base, question.weights, question.variant, gguf=True)
     if loaded is None:
         return None
     from swsurgery.editing.base import find_base
@@ -130,7 +130,7 @@ def _open_base(
         where = open_location(find_base(loaded, None))
         if patched and _is_same(where, root):
             return None
-        return open_checkpoint(bases.enter_context(held(where)), question.weights, question.variant)
+        return open_checkpoint(bases.enter_context(held(where)), question.weights, question.variant, gguf=True)
     except CheckpointError:
         if patched is None:
             raise

@@ -13,6 +13,7 @@ from ggufs import make_blocks, open_file, write_gguf
 from hub import fixture
 
 from swsurgery.checkpoint.gguf_config import make_config
+from swsurgery.checkpoint.opening import open_checkpoint
 from swsurgery.checkpoint.sizes import read_sizes
 from swsurgery.cli import main
 from swsurgery.errors import CheckpointError
@@ -176,25 +177,25 @@ def test_a_scale_that_is_not_finite_is_found(tmp_path, capsys):
 # Refusals -----------------------------------------------------------------------------------------------------------
 
 
-def test_no_command_edits_or_runs_a_gguf_file(tmp_path, capsys):
-    model, folder = tmp_path / "model.gguf", tmp_path
+def test_no_command_runs_a_gguf_file(tmp_path, capsys):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    model = folder / "model.gguf"
     write(model)
-    before = model.read_bytes()
     manifest = write_manifest(tmp_path / "m.json", model, {"op": "zero", "layer": 1, "row": 0, "col": 0})
-    commands = [
-        ["apply", manifest, "-o", tmp_path / "out"],
-        ["apply", manifest, "--base", folder, "-o", tmp_path / "out"],
-        ["apply", manifest, "--in-place", "--base", model],
-        ["diff", model, model],
-        ["scan", folder],
+    commands: list[list[object]] = [
+        ["scan", model],
         ["check", model],
-        ["revert", model],
+        ["sweep", manifest, "--factors", "1"],
+        ["compare", manifest],
+        ["export", manifest, "--format", "sparse", "-o", tmp_path / "export"],
     ]
+    before = model.read_bytes()
     for words in commands:
         code, _, err = run(capsys, *words)
         assert code == 2 and len(err.splitlines()) == 1, (words, err)
-        assert "a GGUF file cannot be edited or run, and is read only by inspect, preflight, and verify with" in err
-    assert model.read_bytes() == before and not (tmp_path / "out").exists()
+        assert f"this command does not read GGUF files, because swsurgery cannot run them: {model}" in err
+    assert model.read_bytes() == before and [*folder.iterdir()] == [model]
 
 
 def test_several_files_are_not_chosen_from(tmp_path, capsys):
@@ -205,17 +206,54 @@ def test_several_files_are_not_chosen_from(tmp_path, capsys):
     assert f"there are 2 GGUF files, such as a.gguf: {tmp_path} (choose one: give {tmp_path}/NAME.gguf)" in err
 
 
-def test_a_part_of_a_model_is_refused(tmp_path):
-    path = tmp_path / "m-00001-of-00002.gguf"
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_uint16("split.count", 2)
-    writer.add_tensor(DOWN, make_blocks(KIND, 2).reshape(1, -1), raw_dtype=KIND)
+def write_parts(folder: Path, count: int = 2) -> np.ndarray:
+    """Write one model in `count` parts, as llama.cpp names them; return all blocks of the tensors [count, 4, bytes]."""
+    folder.mkdir(exist_ok=True)
+    blocks = np.stack([make_blocks(KIND, 8, seed).reshape(4, -1) for seed in range(count)])
+    writer = gguf.GGUFWriter(folder / "m.gguf", "llama", split_max_tensors=1)
+    writer.add_uint32("llama.block_count", count)
+    for number, layer in enumerate(blocks):
+        writer.add_tensor(f"blk.{number}.ffn_down.weight", layer, raw_dtype=KIND)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(CheckpointError, match="contains one of 2 parts of a model"):
-        open_file(path)
+    return blocks
+
+
+def test_the_parts_of_a_split_file_are_one_checkpoint(tmp_path, capsys):
+    blocks = write_parts(tmp_path / "model", 3)
+    code, document, _ = run(capsys, "inspect", tmp_path / "model")
+    assert code == 0 and [f["file"] for f in document["files"]] == [f"m-0000{n}-of-00003.gguf" for n in (1, 2, 3)]
+    assert [t["tensor"] for t in document["tensors"]] == [f"blk.{n}.ffn_down.weight" for n in range(3)]
+    code, found, _ = run(capsys, "inspect", tmp_path / "model", "--tensor", "blk.2.ffn_down.weight", "--at", "3,52")
+    assert code == 0 and found["value"] == gguf.dequantize(blocks[2], KIND)[3, 52]
+    assert read_sizes(open_checkpoint(tmp_path / "model", gguf=True)).layers == 3
+
+
+def test_a_part_of_a_model_is_refused(tmp_path, capsys):
+    write_parts(tmp_path / "model")
+    first, second = (tmp_path / "model" / f"m-0000{n}-of-00002.gguf" for n in (1, 2))
+    code, _, err = run(capsys, "inspect", first)
+    assert code == 2 and f"is one of 2 parts of a model: {first} (give the directory that contains all parts)" in err
+    first.rename(tmp_path / "renamed.gguf")
+    with pytest.raises(CheckpointError, match="states that it is part 1 of 2, but its name says part 1 of 1"):
+        open_file(tmp_path / "renamed.gguf")
+    code, _, err = run(capsys, "inspect", tmp_path / "model")
+    assert code == 2 and "a part of the model is missing: m-00001-of-00002.gguf" in err
+    second.rename(first)
+    (tmp_path / "renamed.gguf").rename(second)
+    code, _, err = run(capsys, "inspect", tmp_path / "model")
+    assert code == 2 and "states that it is part 2 of 2, but its name says part 1 of 2" in err
+
+
+def test_parts_with_the_same_tensor_are_refused(tmp_path, capsys):
+    write_parts(tmp_path)
+    raw = (tmp_path / "m-00002-of-00002.gguf").read_bytes()
+    (tmp_path / "m-00002-of-00002.gguf").write_bytes(raw.replace(b"blk.1.ffn_down", b"blk.0.ffn_down"))
+    for words in (["inspect"], ["preflight"]):
+        code, _, err = run(capsys, *words, tmp_path)
+        assert code == 2 and "has the tensor 'blk.0.ffn_down.weight', which m-00001-of-00002.gguf has too" in err
 
 
 @pytest.mark.parametrize(

@@ -101,7 +101,8 @@ class Cell:
         self._require_code()
         code = next((code for value, code in self.grid if value == 0), None)
         if code is None:
-            raise NumberError("no code of this element has the value 0")
+            remedy = "use set with value: 0, which stores the nearest code"
+            raise NumberError("no code of this element has the value 0", remedy=remedy)
         return code
 
     def _require_code(self) -> None:

@@ -86,13 +86,13 @@ def decode_exponent(byte: int) -> float:
 
 
 def list_elements(cell: Cell, infos: Mapping[str, TensorInfo]) -> list[Coordinate]:
-    """List the stored numbers that contain bits of the code of `cell`.
+    """List the stored numbers that contain bits of the code of `cell`. In a tensor of blocks, these are bytes.
 
     `infos` are the headers of all stored tensors.
     """
     places: dict[Coordinate, None] = {}
     for bits in cell.fields:
-        info = infos[bits.tensor]
+        info = infos[bits.tensor].stored
         first, last = bits.start // info.dtype.bits, (bits.start + bits.width - 1) // info.dtype.bits
         places |= {Coordinate(bits.tensor, info.unflatten(n)): None for n in range(first, last + 1)}
     return list(places)
