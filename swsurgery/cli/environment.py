@@ -79,6 +79,7 @@ REFUSED = {
     "protected": _SUBJECT,
     "public_key": _DECIDES,
     "register": _WRITES,
+    "replace": _WRITES,
     "reuse_digests": _WRITES,
     "revision": _WRITES,
     "signature": _WRITES,

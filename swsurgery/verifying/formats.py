@@ -21,7 +21,7 @@ from swsurgery._version import __version__
 from swsurgery.errors import escape_control, pluralise
 from swsurgery.storage.result import TableResult, name_schema
 from swsurgery.verifying.findings import RULES, Finding
-from swsurgery.verifying.rule_help import HELP, find_source, make_help_address
+from swsurgery.verifying.rule_help import HELP, RULE_PAGES, find_source, make_help_address
 
 ReportFormat = Literal["text", "json", "junit", "sarif", "github"]
 REPORT_FORMATS: tuple[ReportFormat, ...] = get_args(ReportFormat)
@@ -253,16 +253,20 @@ def _render_sarif(report: FindingReport) -> str:
 
 
 def _describe_driver(source: str | None) -> dict[str, Any]:
-    """Describe swsurgery and its rules. `source` is the public address of the repository, or None."""
+    """Describe swsurgery and its rules.
+
+    `source` is the public address of the repository. If it is None, the addresses of pages are left out, because SARIF
+    requires absolute ones (2.1.0, section 3.49.12). The help of each rule names its page in any case.
+    """
     rules = [
         {
             "id": rule.name,
             "shortDescription": {"text": rule.meaning},
             "help": {
-                "text": f"{rule.meaning} {HELP[rule.name]}",
-                "markdown": f"{rule.meaning}\n\n**What to do:** {HELP[rule.name]}",
+                "text": f"{rule.meaning} {HELP[rule.name]} See {RULE_PAGES[rule.command]}.",
+                "markdown": f"{rule.meaning}\n\n**What to do:** {HELP[rule.name]} See {RULE_PAGES[rule.command]}.",
             },
-            "helpUri": make_help_address(rule, source),
+            **({"helpUri": make_help_address(rule, source)} if source else {}),
             "defaultConfiguration": {"level": rule.level},
         }
         for rule in RULES.values()

@@ -86,6 +86,6 @@ def find_source() -> str | None:
     return f"{addresses['Source'].rstrip('/')}/" if "Source" in addresses else None
 
 
-def make_help_address(rule: Rule, source: str | None) -> str:
-    """Return the address of the documentation of a rule; relative to the repository if `source` is None."""
-    return f"{source}blob/v{__version__}/{RULE_PAGES[rule.command]}" if source else RULE_PAGES[rule.command]
+def make_help_address(rule: Rule, source: str) -> str:
+    """Return the absolute address of the documentation of a rule. `source` is the public address of the repository."""
+    return f"{source}blob/v{__version__}/{RULE_PAGES[rule.command]}"
