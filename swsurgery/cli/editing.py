@@ -98,7 +98,7 @@ def apply(
     limit, subject = parse_size(undo_limit), ", ".join(map(str, manifest))
     refuse_page(page, base, directory, manifests=manifest)
     if dry_run:
-        planned = apply.plan(manifest, base, reporter=out.make_reporter())
+        planned = apply.plan(manifest, base, in_place=in_place, undo_limit=limit, reporter=out.make_reporter())
         out.print_result(planned, lambda plan: show.show_plan(plan, limit))
         write_page(out, page, "apply", subject, planned.to_json())
         return

@@ -28,7 +28,7 @@ from swsurgery.editing.applied import SMALL_CHECKPOINT, Applied
 from swsurgery.editing.base import collect_known_digests, find_base
 from swsurgery.editing.copy import write_checkpoint
 from swsurgery.editing.copy_job import CopyJob, Link
-from swsurgery.editing.in_place import apply_in_place
+from swsurgery.editing.in_place import apply_in_place, plan_in_place
 from swsurgery.editing.pins import check_left_out, check_planned
 from swsurgery.editing.plan import Plan, make_plan
 from swsurgery.editing.record import complete_record, draft_record
@@ -52,7 +52,14 @@ UNDO_LIMIT = 256 * 10**6
 """Maximum number of old bytes that are stored in the undo file, by default."""
 
 
-def plan(manifest: ManifestsLike, base: str | Path | None = None, *, reporter: Reporter | None = None) -> Plan:
+def plan(
+    manifest: ManifestsLike,
+    base: str | Path | None = None,
+    *,
+    in_place: bool = False,
+    undo_limit: int = UNDO_LIMIT,
+    reporter: Reporter | None = None,
+) -> Plan:
     """Read a manifest, open its base and return what `apply` would change; write nothing.
 
     `manifest` is a path to a manifest or a patch, a manifest's text as bytes, a dict, a Manifest, a LoadedManifest or a
@@ -66,11 +73,18 @@ def plan(manifest: ManifestsLike, base: str | Path | None = None, *, reporter: R
     pinned shards with edits are hashed. The plan lists the pins that were not checked. The new values of regions are
     not computed; a note names the operations that `apply` may still refuse, such as a clip that removes everything.
 
+    With `in_place`, everything is checked that can forbid an edit in place, such as hard links, a missing digest, or
+    more than 16 MiB of changed bytes. The files to edit are then hashed, and the new values of regions are computed.
+
     Raises TypeError, HubError, ManifestError, CheckpointError; PlanError, which lists every fault; TargetError if
     another run is editing the base in place.
     """
     reporter = require_reporter(reporter)
+    require_type("in_place", in_place, bool)
+    undo_limit = _require_limit(undo_limit)
     loaded = load_merged(manifest, base)
+    if in_place:
+        return plan_in_place(loaded, find_base(loaded, base), undo_limit, reporter)
     with held(open_location(find_base(loaded, base))) as root:
         found = make_plan(loaded, read_checkpoint(root, loaded.manifest.base, gguf=True))
         draft_record(found)  # so that a dry run refuses what `apply` would refuse
@@ -78,6 +92,13 @@ def plan(manifest: ManifestsLike, base: str | Path | None = None, *, reporter: R
     if isinstance(root, RemoteTree):
         reporter.say(describe_traffic(root))
     return found
+
+
+def _require_limit(undo_limit: int) -> int:
+    """Return the limit of the undo file as an int. Raises TypeError, and SwsurgeryError for a negative number."""
+    if (limit := require_integer("undo_limit", undo_limit)) < 0:
+        raise SwsurgeryError("undo_limit must be a number of bytes from 0", limit)
+    return limit
 
 
 def _list_unmeasured(found: Plan) -> list[str]:
@@ -124,8 +145,7 @@ def apply(
     require_choice("link", link, get_args(Link))
     for name, value in (("in_place", in_place), ("reuse_digests", reuse_digests), ("for_publish", for_publish)):
         require_type(name, value, bool)
-    if (undo_limit := require_integer("undo_limit", undo_limit)) < 0:
-        raise SwsurgeryError("undo_limit must be a number of bytes from 0", undo_limit)
+    undo_limit = _require_limit(undo_limit)
     loaded = load_merged(manifest, base)
     where = find_base(loaded, base)
     if in_place:

@@ -11,7 +11,8 @@ import contextlib
 import hashlib
 import os
 import stat
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,7 +39,7 @@ from swsurgery.editing.in_place_regions import (
     show_base,
 )
 from swsurgery.editing.pins import check_left_out
-from swsurgery.editing.plan import make_plan
+from swsurgery.editing.plan import Plan, make_plan
 from swsurgery.editing.record import complete_record, draft_record
 from swsurgery.editing.sanity import CheckOptions, combine_bounds, run_check
 from swsurgery.editing.undo import build_undo, build_undo_changes, list_reversion_notes
@@ -79,42 +80,86 @@ def apply_in_place(
             reporter.say(*found.notes)
             return found
         plan = make_plan(loaded, checkpoint)
-        if plan.omitted:
-            raise PlanError("an edit in place cannot leave files out", ", ".join(plan.omitted), "set base.copies: keep")
         combine_bounds(plan, check)  # raises before anything is hashed or written
-        draft = draft_record(plan)
-        for note in plan.notes:
-            reporter.say(note)
-        pins = collect_known_digests(plan)
-        check_left_out(plan, {f.name for f in plan.checkpoint.files} - {*OWN_FILES}, pins, reporter)
-        shards = _open_shards(folder, plan.checkpoint, plan.touched, opened)
-        undo_name = make_undo_name(1 + plan.earlier_steps) if plan.rewrites else None
-        changes = measure_regions(plan, reporter)
-        changed = make_collector(plan, changes, undo_name, undo_limit, opened)
-        touched = _hash_touched(plan.checkpoint, shards, plan.splices, changes, changed, pins, reporter)
-        unchanged = _hash_protected(plan.checkpoint, changes, changed, pins, reporter)
-        undo_raw = render_undo(changed, plan, undo_limit)
-        stated = loaded.manifest.base.sha256
-        before = previous.record if previous else None
-        rest = _describe_untouched(plan.checkpoint, {*touched, *unchanged}, before, pins, stated, reporter)
-        edited = [
-            AppliedFile(name, plan.checkpoint.get_file(name).size, *both, "place")
-            for name, both in (touched | unchanged).items()
-        ]
-        tallies = sort_tallies(changes, changed.tallies) if changed else ((), ())
-        undo = UndoRecord(sha256=hashlib.sha256(undo_raw).hexdigest(), size=len(undo_raw)) if undo_raw else None
-        copied = Copied(tuple(sorted([*edited, *rest], key=lambda f: f.name)), *tallies, undo)
-        _refuse_changed(checkpoint, touched)
-        _refuse_changed_records(folder, checkpoint, undo_name)
+        ready = _prepare(plan, folder, undo_limit, opened, reporter, plan.notes)
         mode = compute_record_mode(checkpoint.files)
-        with apply_changed(folder, shards, plan.splices, changed, undo_name, mode=mode) as own:
-            result = run_check(show_base(plan, shards, changed), folder, check, reporter, reporter.say)
-            record = complete_record(draft, copied, result)
-            if undo_name:
-                own[undo_name] = undo_raw
+        with apply_changed(folder, ready.shards, plan.splices, ready.changed, ready.undo_name, mode=mode) as own:
+            result = run_check(show_base(plan, ready.shards, ready.changed), folder, check, reporter, reporter.say)
+            record = complete_record(ready.draft, ready.copied, result)
+            if ready.undo_name:
+                own[ready.undo_name] = ready.undo_raw
             own |= Patched(record, record.render(), plan.loaded.raw).render_own_files()
-            _refuse_changed(checkpoint, touched)
-    return Applied(folder.path, copied, record, plan.notes, scalars=plan.checkpoint.scalars)
+            _refuse_changed(checkpoint, ready.touched)
+    return Applied(folder.path, ready.copied, record, plan.notes, scalars=plan.checkpoint.scalars)
+
+
+def plan_in_place(loaded: LoadedManifest, base: Path | Uri, undo_limit: int, reporter: Reporter) -> Plan:
+    """Return the plan of an edit in place. Reads and hashes the files as `apply_in_place` does, but writes nothing.
+
+    Raises the errors of `apply_in_place`, except those of the sanity check and of writing.
+    """
+    with held_for_editing(_find_directory(base)) as (folder, _), contextlib.ExitStack() as opened:
+        plan = make_plan(loaded, read_checkpoint(folder, loaded.manifest.base))
+        _prepare(plan, folder, undo_limit, opened, reporter)
+    return plan
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """What an edit in place needs to write: the open shards, the changed bytes, and all of the record but the check.
+
+    `touched` contains the names of the files that will be overwritten.
+    """
+
+    draft: Record
+    shards: dict[str, edited_shard.OpenShard]
+    changed: Changed | None
+    copied: Copied
+    touched: frozenset[str]
+    undo_name: str | None
+    undo_raw: bytes | None
+
+
+def _prepare(
+    plan: Plan,
+    folder: Folder,
+    undo_limit: int,
+    opened: contextlib.ExitStack,
+    reporter: Reporter,
+    notes: Sequence[str] = (),
+) -> _Prepared:
+    """Open and hash the files to edit, compute the changed bytes, and check everything that can forbid the edit.
+
+    `notes` are printed before the work that takes long.
+    """
+    checkpoint = plan.checkpoint
+    if plan.omitted:
+        raise PlanError("an edit in place cannot leave files out", ", ".join(plan.omitted), "set base.copies: keep")
+    draft = draft_record(plan)
+    for note in notes:
+        reporter.say(note)
+    pins = collect_known_digests(plan)
+    check_left_out(plan, {f.name for f in checkpoint.files} - {*OWN_FILES}, pins, reporter)
+    shards = _open_shards(folder, checkpoint, plan.touched, opened)
+    undo_name = make_undo_name(1 + plan.earlier_steps) if plan.rewrites else None
+    changes = measure_regions(plan, reporter)
+    changed = make_collector(plan, changes, undo_name, undo_limit, opened)
+    touched = _hash_touched(checkpoint, shards, plan.splices, changes, changed, pins, reporter)
+    unchanged = _hash_protected(checkpoint, changes, changed, pins, reporter)
+    undo_raw = render_undo(changed, plan, undo_limit)
+    stated = plan.loaded.manifest.base.sha256
+    before = plan.previous.record if plan.previous else None
+    rest = _describe_untouched(checkpoint, {*touched, *unchanged}, before, pins, stated, reporter)
+    edited = [
+        AppliedFile(name, checkpoint.get_file(name).size, *both, "place")
+        for name, both in (touched | unchanged).items()
+    ]
+    tallies = sort_tallies(changes, changed.tallies) if changed else ((), ())
+    undo = UndoRecord(sha256=hashlib.sha256(undo_raw).hexdigest(), size=len(undo_raw)) if undo_raw else None
+    copied = Copied(tuple(sorted([*edited, *rest], key=lambda f: f.name)), *tallies, undo)
+    _refuse_changed(checkpoint, touched)
+    _refuse_changed_records(folder, checkpoint, undo_name)
+    return _Prepared(draft, shards, changed, copied, frozenset(touched), undo_name, undo_raw)
 
 
 def revert_in_place(root: Path, progress: Progress) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeGuard
 
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.checkpoint.record import Patched, find_record
@@ -161,8 +161,10 @@ def make_plan(loaded: LoadedManifest, checkpoint: Checkpoint) -> Plan:
     misfits += [*resolution.misfits, *find_conflicts((one.number, one.coordinate) for one, _ in read)]
     misfits += find_region_conflicts([one for one, _ in read], resolution.regions)
     misfits += codes.list_misfits(read)
-    changed = [(one.number, one.coordinate) for one in plain if one.edit.writes]
-    misfits += _check_protected([*changed, *((n, splice.coordinate) for n, splice in codes.splices)], previous)
+    idle = {one.coordinate for one, new in read if one.edit.known == "all" and _is_idle(new)}
+    changed = [(one.number, one.coordinate) for one in plain if one.edit.writes and one.coordinate not in idle]
+    changed += [(number, splice.coordinate) for number, splice in codes.splices]
+    misfits += _check_protected(changed, loaded, previous)
     changes = [*((one.number, scalar) for one, scalar in read), *codes.splices]
     misfits += _check_protected_codes(changes, previous, checkpoint)
     splices = tuple(scalar for _, scalar in changes if isinstance(scalar, Splice))
@@ -190,8 +192,8 @@ def make_plan(loaded: LoadedManifest, checkpoint: Checkpoint) -> Plan:
     if faults:
         raise PlanError.of(_shorten(faults, MAX_FAULTS, f"{loaded.path}: "))
     omitted = checkpoint.copies if loaded.manifest.base.copies == "omit" else ()
-    idle = _list_idle(loaded, read, codes.edits)
-    notes = (*_collect_notes(loaded, checkpoint), *resolution.notes, *idle)
+    without = _list_idle(loaded, read, codes.edits)
+    notes = (*_collect_notes(loaded, checkpoint), *resolution.notes, *without)
     return Plan(
         loaded,
         checkpoint,
@@ -210,7 +212,7 @@ def make_plan(loaded: LoadedManifest, checkpoint: Checkpoint) -> Plan:
 
 def _list_idle(loaded: LoadedManifest, scalars: Iterable[tuple[Asked, Scalar]], codes: Iterable[CodeEdit]) -> list[str]:
     """Return a note for each edit of a scalar that writes the bits or the code that is stored already."""
-    plain = [(asked.number, one) for asked, one in scalars if isinstance(one, Splice) and one.new == one.old]
+    plain = [(asked.number, one) for asked, one in scalars if _is_idle(one)]
     idle = [(number, splice.op, splice.coordinate) for number, splice in plain]
     coded = (edit for edit in codes if edit.op != "protect" and edit.new_code == edit.old_code)
     idle += [(edit.number, edit.op, edit.coordinate) for edit in coded]
@@ -221,7 +223,14 @@ def _list_idle(loaded: LoadedManifest, scalars: Iterable[tuple[Asked, Scalar]], 
     return _shorten(notes, MAX_NOTES)
 
 
-def _check_protected(changed: Iterable[tuple[int, Coordinate]], previous: Patched | None) -> Iterator[Misfit]:
+def _is_idle(scalar: Scalar) -> TypeGuard[Splice]:
+    """Return True if an edit writes the bits that are stored already."""
+    return isinstance(scalar, Splice) and scalar.new == scalar.old
+
+
+def _check_protected(
+    changed: Iterable[tuple[int, Coordinate]], loaded: LoadedManifest, previous: Patched | None
+) -> Iterator[Misfit]:
     """Report every edit that would change a scalar protected by the base's own record.
 
     `changed` contains the number of each edit and the stored scalar that it changes.
@@ -236,7 +245,8 @@ def _check_protected(changed: Iterable[tuple[int, Coordinate]], previous: Patche
         protector = protectors.get(coordinate, by_region)
         if protector is not None:
             message = f"{coordinate} is protected by step {protector} of the base's record"
-            yield Misfit(number, f"{message} (revert that step, or start from the first base)")
+            others = "name the others with known: ID, " if loaded.manifest.edits[number].known == "all" else ""
+            yield Misfit(number, f"{message} ({others}revert that step, or start from the first base)")
 
 
 def _check_protected_codes(

@@ -95,7 +95,7 @@ def _plan_rewrite(
     if not region.scalars:
         raise PlanError("the region has no scalars", region)
     if len(kept) == region.scalars:
-        raise PlanError("every scalar is protected", region, "leave out this edit, or what protects the region")
+        raise _make_all_kept(region)
     try:
         options, source = _find_options(edit, info, sources)
     except NumberError as error:
@@ -145,7 +145,7 @@ def list_shields(scalars: Iterable[Coordinate], regions: Iterable[Region], previ
 def find_kept(region: Region, shields: Shields) -> tuple[int, ...]:
     """Return the flat indices in a region of the scalars that are protected, in rising order.
 
-    Raises PlanError for more than MAX_KEPT.
+    Raises PlanError for more than MAX_KEPT, and if a protected region contains the whole region.
     """
     points, areas = shields.get(region.tensor, ((), ()))
     kept: set[int] = set()
@@ -153,7 +153,7 @@ def find_kept(region: Region, shields: Shields) -> tuple[int, ...]:
         if region.overlaps(area):
             part = region.intersect(area)
             if part == region:
-                return tuple(range(region.scalars)) if region.scalars <= MAX_KEPT else _refuse_many(region)
+                raise _make_all_kept(region)
             if part.scalars > MAX_KEPT:
                 _refuse_many(region)
             kept.update(region.list_positions(part))
@@ -168,7 +168,12 @@ def find_kept(region: Region, shields: Shields) -> tuple[int, ...]:
     return tuple(sorted(kept))
 
 
-def _refuse_many(region: Region) -> tuple[int, ...]:
+def _make_all_kept(region: Region) -> PlanError:
+    remedy = "leave out this edit or what protects the region, or name only the other tensors"
+    return PlanError("every scalar is protected", region, remedy)
+
+
+def _refuse_many(region: Region) -> None:
     what = f"more than {MAX_KEPT} protected scalars are inside the region"
     raise PlanError(what, region, "name the parts that should change with slices")
 

@@ -7,6 +7,7 @@ because `verify --manifest` checks the planner's result.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -14,7 +15,7 @@ from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.editing.asked import Asked, AskedRegion, Misfit
 from swsurgery.editing.conflicts import find_conflicts, find_region_conflicts
 from swsurgery.editing.targets import EditTarget, FindKnown, Scope, TargetPlace, locate, read_target
-from swsurgery.errors import ArchitectureError, LookupFailed, PlanError, list_some, pluralise
+from swsurgery.errors import ArchitectureError, Fault, LookupFailed, PlanError, list_some, pluralise
 from swsurgery.manifest.operations import Clip, Edit, Restore, Round
 from swsurgery.manifest.schema import Manifest
 from swsurgery.manifest.targets import MeasuredValue
@@ -79,11 +80,16 @@ def resolve(manifest: Manifest, checkpoint: Checkpoint, find_known: FindKnown) -
         misfits += [Misfit(number, fault) for fault in _find_faults(edit, target, found, checkpoint)]
         regions += [AskedRegion(number, part, edit, region, str(target)) for part, region in enumerate(found)]
     misfits += _refuse_lone_scalars(asked)
-    return Resolution(tuple(_drop_named(asked, regions)), tuple(misfits), tuple(regions), tuple(notes))
+    regions, skipped = _skip_protected(regions)
+    notes += skipped
+    kept = list(_drop_named(asked, regions))
+    misfits += [Misfit(one.number, _explain_unknown(one)) for one in kept if _lacks_value(one)]
+    kept = [one for one in kept if not _lacks_value(one)]
+    return Resolution(tuple(kept), tuple(misfits), tuple(regions), tuple(notes))
 
 
 def _ask(number: int, edit: Edit, place: TargetPlace, scope: Scope) -> Asked:
-    """Describe a scalar that an edit names. Raises LookupFailed if the edit restores an unknown value."""
+    """Describe a scalar that an edit names. `_lacks_value` is True if the edit restores an unknown value."""
     asked = Asked(number, edit, place.coordinate, place.expect)
     if not isinstance(edit, Restore):
         return asked
@@ -92,10 +98,19 @@ def _ask(number: int, edit: Edit, place: TargetPlace, scope: Scope) -> Asked:
         asked = replace(asked, expect=None, value=known)
     if edit.source is not None:
         return replace(asked, value=None)
-    value = asked.value if edit.known is not None else _find_value(place.coordinate, scope)
-    if value is None:
-        raise LookupFailed("no exact value of this scalar is known", place.coordinate, "give from: CHECKPOINT")
-    return replace(asked, value=value)
+    return asked if edit.known is not None else replace(asked, value=_find_value(place.coordinate, scope))
+
+
+def _lacks_value(one: Asked) -> bool:
+    """Return True if an edit restores the known value of a scalar, and no exact value is known."""
+    return isinstance(one.edit, Restore) and one.edit.source is None and one.value is None
+
+
+def _explain_unknown(one: Asked) -> Fault:
+    remedy = "give from: CHECKPOINT"
+    if one.edit.known == "all":
+        remedy += ", or protect this scalar, which known: all then leaves out"
+    return Fault("no exact value of this scalar is known", str(one.coordinate), remedy)
 
 
 def _find_value(coordinate: Coordinate, scope: Scope) -> MeasuredValue | None:
@@ -109,6 +124,32 @@ def _find_value(coordinate: Coordinate, scope: Scope) -> MeasuredValue | None:
         except ArchitectureError:
             continue
     return None
+
+
+def _skip_protected(regions: Sequence[AskedRegion]) -> tuple[list[AskedRegion], list[str]]:
+    """Leave out each region that another edit protects as a whole, if its own edit names further regions.
+
+    Returns the other regions, and one note for each edit with omitted regions. An edit of which every region is
+    protected keeps its regions, because the planner refuses it.
+    """
+    shields: dict[str, list[Region]] = {}
+    for one in regions:
+        if not one.edit.writes:
+            shields.setdefault(one.region.tensor, []).append(one.region)
+    inside: dict[int, list[AskedRegion]] = {}
+    for one in regions:
+        around = shields.get(one.region.tensor, ()) if one.edit.writes else ()
+        if any(area.overlaps(one.region) and area.intersect(one.region) == one.region for area in around):
+            inside.setdefault(one.number, []).append(one)
+    counts = Counter(one.number for one in regions)
+    skipped = {number: found for number, found in inside.items() if len(found) < counts[number]}
+    notes = []
+    for number, found in skipped.items():
+        names = list(dict.fromkeys(one.region.tensor for one in found))
+        what = "region, which is protected" if len(found) == 1 else "regions, which are protected"
+        notes.append(f"edits[{number}]: skips {len(found)} {what}, in {list_some(names, MAX_SKIPPED_NAMES)}")
+    omitted = {id(one) for found in skipped.values() for one in found}
+    return [one for one in regions if id(one) not in omitted], notes
 
 
 def _skip_vectors(edit: Edit, regions: list[Region], checkpoint: Checkpoint) -> tuple[list[Region], str]:

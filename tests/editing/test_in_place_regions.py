@@ -88,6 +88,15 @@ def base(tmp_path) -> Path:
     return write_mixtral(tmp_path / "base")
 
 
+def read_tensors(shard: Path) -> dict[str, bytes]:
+    """The stored bytes of each tensor."""
+    raw = shard.read_bytes()
+    size = int.from_bytes(raw[:8], "little")
+    header, data = json.loads(raw[8 : 8 + size]), raw[8 + size :]
+    places = {name: entry["data_offsets"] for name, entry in header.items() if name != "__metadata__"}
+    return {name: data[begin:end] for name, (begin, end) in places.items()}
+
+
 def pinned(path: Path, base: Path, *edits: dict) -> Path:
     return write_manifest(path, {"path": str(base), "sha256": {n: sha256(base / n) for n in (SHARD, OTHER)}}, *edits)
 
@@ -124,6 +133,58 @@ def test_the_same_command_again_writes_nothing(base, tmp_path, name):
     again = edit(manifest)
     assert not again.written and again.notes == ("the manifest was already applied; nothing was written",)
     assert state(base) == before
+
+
+def test_a_dry_run_in_place_refuses_what_the_edit_would_refuse(base, tmp_path, monkeypatch, capsys):
+    manifest = pinned(tmp_path / "m.json", base, ROW, SCALAR)
+    before = state(base)
+    assert swsurgery.plan(manifest, in_place=True).splices == swsurgery.plan(manifest).splices
+
+    def refuse(*words: str) -> str:
+        refused = []
+        for options in (["--dry-run"], []):
+            command = ["apply", str(manifest), "--in-place", "--check", "off", "--quiet", *options, *words]
+            assert main(command) == 2
+            refused.append(capsys.readouterr().err)
+        assert refused[0] == refused[1] and state(base) == before
+        return refused[0]
+
+    assert main(["apply", str(manifest), "--in-place", "--dry-run"]) == 0 and state(base) == before
+    capsys.readouterr()
+    assert "undo" in refuse("--undo-limit", "5")
+    with monkeypatch.context() as patch:
+        patch.setattr(changed_bytes, "MAX_CHANGED", 11)
+        assert "the edit changes more than 11 B, too many to do in place" in refuse()
+    os.link(base / SHARD, tmp_path / "link")
+    before = state(base)
+    assert "hard links" in refuse()
+    (tmp_path / "link").unlink()
+    manifest = write_manifest(tmp_path / "m.json", {"path": str(base)}, ROW)
+    before = state(base)
+    assert "no sha256 of these files is known" in refuse()
+
+
+def test_a_tensor_that_is_protected_is_left_out_of_a_glob(base, tmp_path):
+    kept = expert(1, "2")
+    edits = [{"op": "zero", "tensors": "model.*w2*"}, {"op": "protect", "tensors": kept}]
+    for name, order in (("one", edits), ("other", edits[::-1])):
+        manifest = pinned(tmp_path / f"{name}.json", base, *order)
+        applied = swsurgery.apply(manifest, output=tmp_path / name, check="off")
+        assert applied.notes == (f"edits[{order.index(edits[0])}]: skips 1 region, which is protected, in {kept}",)
+        new, old = read_tensors(tmp_path / name / SHARD), read_tensors(base / SHARD)
+        zeroed = {tensor for tensor in old if tensor.endswith("w2.weight")} - {kept}
+        assert zeroed and new == old | {tensor: bytes(len(old[tensor])) for tensor in zeroed}
+        assert swsurgery.verify(tmp_path / name).ok and swsurgery.verify(tmp_path / name, manifest=manifest).ok
+        swsurgery.revert(tmp_path / name)
+        assert tree(tmp_path / name) == tree(base)
+
+
+def test_a_glob_of_protected_tensors_only_is_refused(base, tmp_path, monkeypatch):
+    monkeypatch.setattr("swsurgery.editing.plan_regions.MAX_KEPT", 5)
+    edits = [{"op": "zero", "tensors": "model.*w2*"}, {"op": "protect", "tensors": "model.*"}]
+    with pytest.raises(PlanError, match=r"every scalar is protected: .*name only the other tensors") as caught:
+        swsurgery.plan(pinned(tmp_path / "m.json", base, *edits))
+    assert len(caught.value.faults) == 1
 
 
 def test_steps_are_taken_back_one_by_one(base, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,7 @@ from listening import Listener
 import swsurgery
 from swsurgery.cli import main
 from swsurgery.editing.sanity import CheckOptions
+from swsurgery.editing.targets import KnownPlace, find_known
 from swsurgery.errors import PlanError
 
 COMMIT, OTHER_COMMIT = "0123456789abcdef0123456789abcdef01234567", "89abcdef0123456789abcdef0123456789abcdef"
@@ -319,6 +321,43 @@ def test_known_all_yields_to_edits_that_name_a_scalar(known_base, tmp_path):
         assert [s.coordinate.index for s in plan.protected] == [(1999, 1821)]
         ids = [plan.facts[scalar.coordinate].id for scalar in (*plan.splices, *plan.protected)]
         assert ids == [QWEN["first"], QWEN["second"]]
+
+
+def test_restore_of_all_yields_to_a_scalar_that_is_protected(known_base, tmp_path, monkeypatch):
+    where = {"path": str(known_base), "model": QWEN["hf_id"]}
+    protect, restore = {"op": "protect", "known": QWEN["first"]}, {"op": "restore", "known": "all"}
+    for edits in ([protect, restore], [restore, protect]):
+        plan = swsurgery.plan(write_manifest(tmp_path / "m.json", where, *edits))
+        assert [s.coordinate.index for s in plan.splices] == [(1999, 1821)]
+        assert [s.coordinate.index for s in plan.protected] == [(1793, 1821)]
+    inexact = {(1793, 1821)}
+
+    def forget(model: object, name: str) -> list[KnownPlace]:
+        return [replace(p, expect=None) if (p.row, p.col) in inexact else p for p in find_known(model, name)]
+
+    monkeypatch.setattr("swsurgery.editing.plan.find_known", forget)
+    (fault,) = faults(where, restore)
+    assert fault.endswith(
+        f"no exact value of this scalar is known: {down(2)}[1793, 1821] "
+        "(give from: CHECKPOINT, or protect this scalar, which known: all then leaves out)"
+    )
+    assert swsurgery.plan(write_manifest(tmp_path / "m.json", where, protect, restore)).splices
+
+
+def test_what_an_earlier_step_protects_may_be_restored_if_nothing_changes(known_base, tmp_path):
+    where = {"path": str(known_base), "model": QWEN["hf_id"]}
+    first = write_manifest(tmp_path / "first.json", where, {"op": "protect", "known": QWEN["first"]})
+    swsurgery.apply(first, output=tmp_path / "once", check="off")
+    where["path"] = str(tmp_path / "once")
+    restore = write_manifest(tmp_path / "second.json", where, {"op": "restore", "known": "all"})
+    applied = swsurgery.apply(restore, output=tmp_path / "twice", check="off")
+    assert sum("restore has no effect" in note for note in applied.notes) == 2
+    assert swsurgery.verify(tmp_path / "twice").ok and swsurgery.verify(tmp_path / "twice", manifest=restore).ok
+    (fault,) = faults(where, {"op": "zero", "known": "all"})
+    assert fault.endswith(
+        f"{down(2)}[1793, 1821] is protected by step 1 of the base's record "
+        "(name the others with known: ID, revert that step, or start from the first base)"
+    )
 
 
 @pytest.mark.parametrize("ops", [("zero", "protect"), ("protect", "zero"), ("zero", "zero")])
