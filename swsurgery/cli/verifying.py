@@ -9,7 +9,6 @@ import typer
 
 from swsurgery.cli.completion import complete_model
 from swsurgery.cli.options import (
-    CheckpointArgument,
     DirectoryArgument,
     PageOption,
     ReadableArgument,
@@ -124,7 +123,7 @@ def verify(
 @command
 def preflight(
     out: Output,
-    checkpoint: CheckpointArgument,
+    checkpoint: ReadableArgument,
     weights: WeightsOption = None,
     variant: VariantOption = None,
     format: FormatOption = "text",

@@ -16,7 +16,7 @@ from swsurgery.checkpoint import projections
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.checkpoint.layouts.cells import CannotTell
 from swsurgery.checkpoint.layouts.find import find_codes, find_matrix
-from swsurgery.errors import ArchitectureError, CheckpointError
+from swsurgery.errors import ArchitectureError
 from swsurgery.known import KnownCoordinate, KnownModel
 from swsurgery.storage.coordinate import Coordinate
 from swsurgery.storage.numbers import format_exact, format_number
@@ -138,17 +138,11 @@ def survey(
 ) -> Survival:
     """Read every known scalar of `model`. Scalars in `declared` were edited on purpose and get the state "declared".
 
-    Raises CheckpointError if no coordinate of the model is known completely, with its row and column.
+    The result has no coordinates if none of the model is known completely, with its row and column.
     """
     coordinates = tuple(
         _read_known(c, c.col, checkpoint, declared, tolerance) for c in model.coordinates if c.col is not None
     )
-    if not coordinates:
-        raise CheckpointError(
-            "no complete coordinate (row and column) of this model is known",
-            model.hf_id,
-            "find them with swsurgery scan",
-        )
     return Survival(model.hf_id, tolerance, coordinates, tuple(c.id for c in model.coordinates if c.col is None))
 
 

@@ -39,7 +39,7 @@ _ATTENTION = re.compile(r"attn|attention|mixer|mamba|conv|temporal|ssm")
 _STACKED = re.compile(r"(.*\.)?experts\.[a-z_0-9]+|(.*\.)?block_sparse_moe\.(in|out)put_linear\.weight")
 """The pattern of tensors that store all experts of a layer, with the experts as the first axis."""
 
-MAX_NAMED = 5
+MAX_MODULES = 5
 """Maximum number of modules that are named in a line about what was not examined."""
 
 _COMPARED_CLASSES = 8
@@ -362,7 +362,7 @@ def list_incomparable(layers: LayerList, depth: int, config: Mapping[str, object
     if not alone:
         return None
     named = [f"{layers.prefix}{number}.{top}" for number, top in alone]
-    listed = list_some(named, MAX_NAMED)
+    listed = list_some(named, MAX_MODULES)
     return (
         f"whether {listed} {'is' if len(named) == 1 else 'are'} complete, because no other layer has the same tensors"
     )

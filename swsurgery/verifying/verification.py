@@ -79,6 +79,9 @@ class Proof:
         """Explain why known super weights or completeness could not be compared; "" if they were, or not requested."""
         if self.unidentified:
             return self.unidentified
+        if self.survival is not None and not self.survival.coordinates:
+            what = f"no complete coordinate (row and column) of {self.survival.model} is known"
+            return f"{what} (find them with swsurgery scan)"
         if self.survival is not None and not self.survival.decided:
             return "none of the known super weights could be compared"
         if self.complete is not None and not self.complete.decided:

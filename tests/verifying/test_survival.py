@@ -15,8 +15,7 @@ from checkpoints import CONFIG, HIDDEN, INNER, down, tensor, write_llama, write_
 from swsurgery.checkpoint.opening import open_checkpoint
 from swsurgery.cli import main
 from swsurgery.cli.verifying import verify
-from swsurgery.errors import CheckpointError
-from swsurgery.known import KnownCoordinate, KnownModel
+from swsurgery.known import KnownCoordinate, KnownModel, own
 from swsurgery.known.schema import Citation, Independent
 from swsurgery.storage.coordinate import Coordinate
 from swsurgery.verifying import against_known, known_states
@@ -171,8 +170,19 @@ def test_a_doubted_coordinate_is_told_and_not_held(tmp_path, status):
 def test_a_row_is_named_and_a_model_of_rows_cannot_be_asked(tmp_path):
     checkpoint = open_checkpoint(holding(tmp_path, -2.5))
     assert against_known.survey(checkpoint, model(EXACT, fact(col=None))).rows == (f"L0.{ROW}.None",)
-    with pytest.raises(CheckpointError, match="no complete coordinate"):
-        against_known.survey(checkpoint, model(fact(col=None)))
+    survey = against_known.survey(checkpoint, model(fact(col=None)))
+    assert survey.coordinates == () and survey.rows == (f"L0.{ROW}.None",) and not survey.decided
+
+
+def test_a_model_of_rows_is_undecided_in_every_format(tmp_path, monkeypatch, capsys):
+    root = holding(tmp_path, -2.5)
+    monkeypatch.setattr(own, "find_model", lambda name: model(fact(col=None)))
+    reason = "no complete coordinate (row and column) of "
+    assert main(["verify", str(root), "--model", "rows"]) == 2
+    out, err = capsys.readouterr()
+    assert out.startswith(f"UNDECIDED: {root}: {reason}") and "find them with swsurgery scan" in out and not err
+    assert main(["verify", str(root), "--model", "rows", "--format", "junit"]) == 2
+    assert f'<error type="undecided" message="{reason}' in capsys.readouterr().out
 
 
 def test_a_lost_one_is_a_finding_with_its_scalar(tmp_path):
