@@ -154,11 +154,14 @@ class _Head1(Strict):
     own: dict[OwnName, Annotated[str, Field(pattern=r"^([A-Za-z0-9+/]{4})*([A-Za-z0-9+/]{2,3}={1,2})?$")] | None]
 
 
-class _File2(Strict):
+class _File3(Strict):
     inode: Inode
     size: Position
     offsets: list[Position]
     sizes: list[Annotated[int, Field(ge=1, lt=1 << 31)]]
+
+
+class _File2(_File3):
     old: Hex
     new: Hex
 
@@ -170,13 +173,6 @@ class _Head2(Strict):
     files: dict[Name, _File2]
     own: dict[OwnName, Position | None]
     made: dict[OwnName, Digest | None] | None
-
-
-class _File3(Strict):
-    inode: Inode
-    size: Position
-    offsets: list[Position]
-    sizes: list[Annotated[int, Field(ge=1, lt=1 << 31)]]
 
 
 class _Head3(Strict):

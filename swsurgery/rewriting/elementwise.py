@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from swsurgery.errors import NumberError, pluralise
-from swsurgery.rewriting.function import CHUNK_SCALARS, Source
+from swsurgery.rewriting.function import CHUNK_SCALARS, ScalarwiseFunction, Source
 from swsurgery.rewriting.kept import KeptScalars
 from swsurgery.rewriting.statistics import read_pieces
 from swsurgery.storage import dtypes
@@ -17,19 +17,8 @@ from swsurgery.storage.arrays import Words, get_word_type, require_float
 from swsurgery.storage.dtypes import Dtype, FloatDtype
 
 
-class _Independent:
-    """A function that treats every scalar alone, and usually changes all of them."""
-
-    @property
-    def sparse(self) -> bool:
-        return False
-
-    def find_height(self, shape: Sequence[int]) -> int:
-        return 1
-
-
 @dataclass(frozen=True)
-class ZeroFunction(_Independent):
+class ZeroFunction(ScalarwiseFunction):
     """Set all bits to zero."""
 
     def measure(self, sources: Sequence[Source]) -> ZeroFunction:
@@ -43,7 +32,7 @@ class ZeroFunction(_Independent):
 
 
 @dataclass(frozen=True)
-class SetFunction(_Independent):
+class SetFunction(ScalarwiseFunction):
     """Store `value`, rounded once to the stored dtype, or `bits` such as "0x40bc" as they are."""
 
     value: dtypes.Value | None = None
@@ -85,7 +74,7 @@ class _Table:
 
 
 @dataclass(frozen=True)
-class ScaleFunction(_Independent):
+class ScaleFunction(ScalarwiseFunction):
     """Multiply by the float64 `factor`: the exact product, rounded once to the stored dtype, half to even.
 
     An overflow, an underflow to zero and a stored value that is not finite are errors, as in

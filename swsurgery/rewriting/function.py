@@ -69,3 +69,16 @@ class Function(Protocol):
         blocks at the same time. Raises NumberError for a result that the dtype cannot represent.
         """
         ...
+
+
+class ScalarwiseFunction:
+    """A function that needs no other scalar to compute one, and usually changes all of them."""
+
+    @property
+    def sparse(self) -> bool:
+        """False: most scalars may change."""
+        return False
+
+    def find_height(self, shape: Sequence[int]) -> int:
+        """Return 1, because rows are independent."""
+        return 1

@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 
 from swsurgery.errors import CheckpointError
-from swsurgery.rewriting.function import Source
+from swsurgery.rewriting.function import ScalarwiseFunction, Source
 from swsurgery.rewriting.rows import Indices, RegionRows, StoredMatrix
 from swsurgery.storage.arrays import Words
 from swsurgery.storage.dtypes import Dtype
@@ -21,22 +21,9 @@ PIECE = 1 << 16
 """Number of indices of a sparse undo that are read at a time."""
 
 
-class _Fixed:
-    """A function without statistics, whose rows are independent of each other."""
-
-    @property
-    def sparse(self) -> bool:
-        """False: most scalars may change."""
-        return False
-
-    def find_height(self, shape: Sequence[int]) -> int:
-        """Return 1, because rows are independent."""
-        return 1
-
-
 @dataclass(frozen=True)
-class Keep(_Fixed):
-    """RegionChange nothing: for regions that are only hashed."""
+class Keep(ScalarwiseFunction):
+    """Change nothing: for regions that are only hashed."""
 
     def measure(self, sources: Sequence[Source]) -> Keep:
         """Return the function itself."""
@@ -80,7 +67,7 @@ def find_place(shard: Shard, region: Region, dtype: str) -> RegionPlace | None:
 
 
 @dataclass(frozen=True)
-class StoredRows(_Fixed):
+class StoredRows(ScalarwiseFunction):
     """Copy the bit patterns of a region from `file`, in which they are at `place`."""
 
     file: File
@@ -101,7 +88,7 @@ class StoredRows(_Fixed):
 
 
 @dataclass(frozen=True)
-class SparseRows(_Fixed):
+class SparseRows(ScalarwiseFunction):
     """Put back the scalars that a sparse rewrite changed.
 
     `file` contains `count` flat indices in the tensor (little-endian int64, rising) at offset `indices`, and the old
