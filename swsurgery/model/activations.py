@@ -5,7 +5,9 @@ This module must not depend on checkpoints or texts.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -67,6 +69,11 @@ class RoundInputs(TorchFunctionMode):
         """Return True if a tensor is a parameter of the layer, or a view of one."""
         with torch._C.DisableTorchFunction():
             return isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() in self._weights
+
+
+def round_inputs(rounding: Rounding | None, layer: nn.Module) -> AbstractContextManager[object]:
+    """Return a context manager that rounds the inputs of linear layers in `layer`; None leaves them as they are."""
+    return contextlib.nullcontext() if rounding is None else RoundInputs(rounding, layer)
 
 
 def round_activations(x: Tensor, rounding: Rounding) -> Tensor:

@@ -12,6 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+REFUSALS = (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError)
+"""Exceptions that the code of a model raises for arguments that it does not support."""
+
 
 class Call(NamedTuple):
     """The arguments with which a model calls one decoder layer, without the hidden states."""

@@ -1,9 +1,9 @@
 """Run several variants of one model side by side, layer by layer, reading its weights once.
 
 A variant is the stored checkpoint with other values for some scalars or with some tensors of another checkpoint: the
-base of a patched model, a zeroed candidate or a factor of a sweep. Layers before the first changed one are computed
-once for all variants. In a changed layer, the scalars and tensors of each variant are put into the weights, its rows
-are computed, and the stored weights are restored. The result equals loading each variant's checkpoint on its own, for
+base of a patched model, a zeroed candidate or a factor of a sweep. Variants that are equal up to a layer are computed
+together up to it. In a changed layer, the scalars and tensors of each variant are put into the weights, its rows are
+computed, and the stored weights are restored. The result equals loading each variant's checkpoint on its own, for
 changes in any parameter: linear layers, experts, norms and the embedding. If it is not known how transformers makes a
 parameter from a changed tensor, transformers loads that variant as a model of its own.
 
@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal
 
@@ -33,8 +33,9 @@ from transformers import PreTrainedModel
 
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.errors import ModelError, Unrunnable
-from swsurgery.model.activations import RoundInputs
+from swsurgery.model.activations import round_inputs
 from swsurgery.model.calls import (
+    REFUSALS,
     Call,
     Unknown,
     find_hidden,
@@ -45,23 +46,23 @@ from swsurgery.model.calls import (
     replace_hidden,
     split,
 )
+from swsurgery.model.head import Head, VariantLogits
 from swsurgery.model.interfaces import LoadOther, Watch, Weights
 from swsurgery.model.other_tensors import OtherTensors, find_changed_by_loader
-from swsurgery.model.outcomes import Group, Logits, Outcomes, Peak, Peaks, join_outcomes
+from swsurgery.model.outcomes import Columns, Group, Outcomes, Peak, Peaks, join_outcomes, make_logits
 from swsurgery.model.places import Places, find_decoder_layers
 from swsurgery.model.variant import AnyVariant, Rounding, Variant
 from swsurgery.model.weight_plan import WeightPlan, plan_tensors
 from swsurgery.progress import Progress, Silent
 
-TOKENS_AT_ONCE = 2048
-"""Maximum number of tokens in one call of a layer. More tokens would need more memory and gain no speed."""
+TOKENS_AT_ONCE, GPU_FACTOR = 2048, 4
+"""Maximum number of tokens in one call of a layer. On a GPU that holds all weights it is GPU_FACTOR times as large: a
+small layer takes less time to compute there than Python needs to call it. Otherwise more tokens would need more memory
+and gain no speed."""
 
 ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 """Attention kernels that torch may use. cuDNN's kernel is excluded: on an H100 it takes half a second to plan each new
 input shape. The rest of a run of a 13.5 GB model takes no longer than that."""
-
-REFUSALS = (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError)
-"""Exceptions that the code of a model raises for arguments that it does not support."""
 
 
 class LayeredModel:
@@ -229,60 +230,78 @@ class LayeredModel:
         watch: Watch | None,
         progress: Progress,
     ) -> Iterator[Outcomes]:
+        outside = self._describe_changes(variants, None, others)
+        columns = Columns(outside)
         with self._outside():
-            groups = self._enter(sequences, variants, others)
+            groups = self._enter(sequences, variants, columns, others)
         peaks = Peaks()
         for number, layer in enumerate(self.layers):
             progress.relabel(f"layer {number + 1}/{len(self.layers)}")
-            touched = any(self._is_touched(variant, index, number, others) for index, variant in enumerate(variants))
+            changes = self._describe_changes(variants, number, others)
+            divided = columns.split(changes)
+            first = columns.list_first()
             with self._weights_of(number) as device:
                 for group in groups:
                     group.state = group.state.to(device)
-                    if touched and group.state.shape[1] == 1:
-                        group.state = group.state.repeat(1, len(variants), 1, 1)
-                for index, variant in enumerate(variants if touched else ()):
-                    with others.swap_layer(index, number), self.places.swap(variant.scalars, number):
+                    if divided is not None:
+                        group.state = group.state[:, divided]
+                for change in dict.fromkeys(changes):
+                    index = changes.index(change)
+                    rows = [(column, variant) for column, variant in enumerate(first) if changes[variant] == change]
+                    with others.swap_layer(index, number), self.places.swap(variants[index].scalars, number):
                         for group in groups:
-                            columns = slice(index, index + 1)
-                            self._advance(number, layer, group, columns, watch, variant.rounding)
+                            self._advance(number, layer, group, rows, watch, variants[index].rounding)
                 for group in groups:
-                    if not touched:
-                        self._advance(number, layer, group, slice(None), watch)
-                    peaks.look(number, group)
+                    peaks.look(number, group, columns.of)
             progress.advance(self.weights.sizes[number] if self.weights else 1)
         where = {number: (group, at) for group in groups for at, number in enumerate(group.sequences)}
+
+        @contextlib.contextmanager
+        def swap(index: int) -> Iterator[None]:
+            scalars = variants[index].scalars
+            with torch.no_grad(), others.swap_outside(index, keep=True), self.places.swap(scalars, None):
+                yield
+
+        head = Head(self.model, self.layers, self._returned)
         with self._outside(head=True) as device:
             for number, ids in enumerate(sequences):
                 progress.relabel(f"sequence {number + 1}/{len(sequences)}")
                 group, at = where[number]
-                state = group.state[at].to(device).expand(len(variants), -1, -1)
-
-                def logits(index: int, ids: Sequence[int] = ids, state: Tensor = state) -> Tensor:
-                    swapped = others.swap_outside(index, keep=True)
-                    with torch.no_grad(), swapped, self.places.swap(variants[index].scalars, None):
-                        return self._head(ids, state[index : index + 1])
-
+                state = group.state[at].to(device)
+                logits = VariantLogits(head, ids, state, columns.of, outside, swap)
                 found = tuple(peaks.list_by_layer(number, index) for index in range(len(variants)))
-                yield Outcomes(number, Logits(len(variants), logits), found)
+                yield Outcomes(number, logits.wrap(), found)
                 progress.advance(0 if self.weights else 1)
 
-    def _is_touched(self, variant: Variant, index: int, where: int | None, others: OtherTensors) -> bool:
-        """Return True if a variant changes what layer `where` computes (None: the modules outside the layers)."""
-        rounded = variant.rounding is not None and where is not None
-        return rounded or others.has(index, where) or self.places.has_scalars_in(variant.scalars, where)
+    def _describe_changes(self, variants: Sequence[Variant], where: int | None, others: OtherTensors) -> list[Hashable]:
+        """Describe what each variant changes in layer `where` (None: in the modules outside the layers).
+
+        Variants with equal descriptions compute the same function of the layer's input.
+        """
+        return [
+            (
+                variant.rounding if where is not None else None,
+                index if others.has(index, where) else None,
+                self.places.list_scalars_in(variant.scalars, where),
+            )
+            for index, variant in enumerate(variants)
+        ]
 
     def _enter(
-        self, sequences: Sequence[Sequence[int]], variants: Sequence[Variant], others: OtherTensors
+        self,
+        sequences: Sequence[Sequence[int]],
+        variants: Sequence[Variant],
+        columns: Columns,
+        others: OtherTensors,
     ) -> list[Group]:
         """Compute the input of the first layer for every sequence. Sequences of equal length form one group."""
         lengths: dict[int, list[int]] = defaultdict(list)
         for number, ids in enumerate(sequences):
             lengths[len(ids)].append(number)
-        apart = any(self._is_touched(variant, index, None, others) for index, variant in enumerate(variants))
         rows: dict[int, list[Tensor]] = defaultdict(list)
         calls: dict[int, list[Call]] = {}
-        for index, variant in enumerate(variants if apart else variants[:1]):
-            with others.swap_outside(index), self.places.swap(variant.scalars, None):
+        for index in columns.list_first():
+            with others.swap_outside(index), self.places.swap(variants[index].scalars, None):
                 for number, ids in enumerate(sequences):
                     hidden, calls[len(ids)] = self._rehearse(ids)
                     rows[number].append(hidden[0])
@@ -296,27 +315,28 @@ class LayeredModel:
         number: int,
         layer: nn.Module,
         group: Group,
-        columns: slice,
+        columns: Sequence[tuple[int, int]],
         watch: Watch | None,
-        rounding: Rounding | None = None,
+        rounding: Rounding | None,
     ) -> None:
-        """Run one layer on the variants `columns` of all sequences of a group, in batches of bounded size."""
-        state = group.state[:, columns]
-        tokens = state.shape[2]
-        variants = range(group.state.shape[1])[columns]
-        rows = [(at, v) for at in range(len(group.sequences)) for v in variants]
-        size = 1 if self._one_by_one or rounding else max(1, TOKENS_AT_ONCE // tokens)
+        """Run one layer on some columns of all sequences of a group, in batches of bounded size.
+
+        `columns` contains the number of each of these columns and the first variant in it.
+        """
+        rows = [(at, column, variant) for at in range(len(group.sequences)) for column, variant in columns]
+        factor = GPU_FACTOR if self.device.type == "cuda" and self.weights is None else 1
+        size = 1 if self._one_by_one or rounding else max(1, factor * TOKENS_AT_ONCE // group.state.shape[2])
         call = move_to_device(group.calls[number], group.state.device)
         for begin in range(0, len(rows), size):
             batch = rows[begin : begin + size]
-            at, v = torch.tensor(batch, device=state.device).unbind(1)
-            named = [(group.sequences[row], variant) for row, variant in batch]
+            at, column, _ = torch.tensor(batch, device=group.state.device).unbind(1)
+            named = [(group.sequences[row], variant) for row, _, variant in batch]
             watched = watch.around(number, layer, named) if watch else contextlib.nullcontext()
-            with watched, sdpa_kernel(ATTENTION), _round_inputs(rounding, layer):
-                hidden = find_hidden(layer(group.state[at, v], *call.args, **call.kwargs))
+            with watched, sdpa_kernel(ATTENTION), round_inputs(rounding, layer):
+                hidden = find_hidden(layer(group.state[at, column], *call.args, **call.kwargs))
             if watch:
                 watch.after(number, named, hidden)
-            group.state[at, v] = hidden
+            group.state[at, column] = hidden
 
     def _rehearse(self, ids: Sequence[int]) -> tuple[Tensor, list[Call]]:
         """Run the model on one sequence with stand-ins for its layers.
@@ -365,19 +385,6 @@ class LayeredModel:
             moved = move_to_device(call, device)
             return type(layer).forward(layer, hidden.to(device), *moved.args, **moved.kwargs)
 
-    def _head(self, ids: Sequence[int], hidden: Tensor) -> Tensor:
-        """Compute the logits (tokens, vocabulary) from `hidden`, the output of the last layer."""
-
-        def stand_in(number: int, layer: nn.Module) -> Callable[..., Any]:
-            def forward(*args: Any, **kwargs: Any) -> Any:
-                passing, _ = split(args, kwargs)
-                return replace_hidden(self._returned, hidden if layer is self.layers[-1] else passing)
-
-            return forward
-
-        with replace_forwards(self.layers, stand_in):
-            return self._logits(ids)
-
     def _weights_of(self, number: int) -> AbstractContextManager[torch.device]:
         return self.weights.layer(number) if self.weights else contextlib.nullcontext(self.device)
 
@@ -415,7 +422,7 @@ class LayeredModel:
                 with others.swap_all(index), self.places.swap(variant.scalars), observed:
                     logits.append(self._logits(ids))
                 found.append(peaks.list_by_layer(number, 0))
-            yield Outcomes(number, Logits(len(logits), logits.__getitem__), tuple(found))
+            yield Outcomes(number, make_logits(logits), tuple(found))
             progress.advance(1)
 
     @contextlib.contextmanager
@@ -426,22 +433,18 @@ class LayeredModel:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 rows = [(sequence, variant)]
                 watched = watch.around(number, layer, rows) if watch else contextlib.nullcontext()
-                with watched, _round_inputs(rounding, layer):
+                with watched, round_inputs(rounding, layer):
                     returned = type(layer).forward(layer, *args, **kwargs)
                 hidden = find_hidden(returned)
                 if watch:
                     watch.after(number, rows, hidden)
-                peaks.look(number, Group([sequence], [], hidden[:, None]))
+                peaks.look(number, Group([sequence], [], hidden[:, None]), [0])
                 return returned
 
             return forward
 
         with replace_forwards(self.layers, watch_layer):
             yield
-
-
-def _round_inputs(rounding: Rounding | None, layer: nn.Module) -> AbstractContextManager[object]:
-    return contextlib.nullcontext() if rounding is None else RoundInputs(rounding, layer)
 
 
 class _Rehearsed(Exception):

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from swsurgery.model.forward import REFUSALS, LayeredModel
+from swsurgery.model.calls import REFUSALS
+from swsurgery.model.forward import LayeredModel
 from swsurgery.model.other_tensors import OtherTensors
 from swsurgery.model.variant import Variant
 from swsurgery.progress import Progress, Silent

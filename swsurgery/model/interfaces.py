@@ -22,8 +22,8 @@ class Watch(Protocol):
     def around(self, number: int, layer: nn.Module, rows: Sequence[tuple[int, int]]) -> AbstractContextManager[None]:
         """Return a context manager that is open during one call of the decoder layer `number`, with its weights loaded.
 
-        `rows` contains the (sequence, variant) of each row of the batch. Before the first changed layer, the variants
-        do not differ yet, so one row represents all of them and its variant is 0.
+        `rows` contains the (sequence, variant) of each row of the batch. One row represents all variants that do not
+        differ yet, and has the number of the first of them.
         """
         ...
 

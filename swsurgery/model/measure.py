@@ -1,8 +1,7 @@
 """Cut text into windows of token ids, and compute figures from logits: perplexity, KL, stop-word mass, next tokens.
 
-The stop-word mass is the mean probability of all stop words together. Figures are computed in float32 on slices of the
-logits, so that a large vocabulary takes tens of megabytes instead of gigabytes, and summed in float64. This module must
-not run a model or judge its figures.
+The stop-word mass is the mean probability of all stop words together. figures.py computes the figures of one window.
+This module must not run a model or judge its figures.
 """
 
 from __future__ import annotations
@@ -10,24 +9,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from swsurgery.errors import ModelError
+from swsurgery.model.figures import WindowFigures, find_finite_rows
 from swsurgery.model.intervals import Interval, compute_mean_interval
 from swsurgery.model.outcomes import Outcomes, Peak, compute_magnitude
 from swsurgery.model.report import Side, SuperActivation
 from swsurgery.model.stopwords import STOP_WORDS
 from swsurgery.model.tokenizer import Tokenizer
-
-LOGITS_AT_ONCE = 2**22
-"""Maximum number of logits in a slice. In float32 a slice takes 16 MB, and a few tensors of this size exist at a
-time."""
-
-KEPT_LOGITS = 2**26
-"""Maximum number of the base's logits in one window whose logarithms are kept while other variants are compared with
-them: 256 MB in float32. They are computed again for each variant of a larger window."""
 
 TOP_TOKENS = 5
 """Number of most likely next tokens that a report lists for each prompt."""
@@ -103,8 +94,9 @@ class Totals:
     The argument `number` of a method is the number of a variant; number 0 is the base.
     """
 
-    def __init__(self, stop_tokens: Sequence[int], variants: int = 2):
-        self.stop_tokens = list(stop_tokens)
+    def __init__(self, stop_tokens: Sequence[int], variants: int = 2, only_losses: bool = False):
+        """With `only_losses`, only the negative log-likelihoods and KL are computed; the other figures stay empty."""
+        self.stop_tokens, self.only_losses = list(stop_tokens), only_losses
         self.scored = 0
         self.windows = 0
         self.kl = [0.0] * variants
@@ -123,41 +115,34 @@ class Totals:
 
         Each position except the last is scored: its logits predict the next token.
         """
-        base = outcomes.logits[0]
-        kept = [_log(base[:-1][part]) for part in _split_parts(base[:-1])] if base.numel() <= KEPT_LOGITS else []
-        targets = torch.tensor(ids[1:], device=base.device)
+        figures = WindowFigures(ids, len(self.kl), self.stop_tokens, self.only_losses)
+        figures.read(outcomes.logits)
+        nll, kl, stop_mass = figures.sum_up()
+        scored = len(ids) - 1
+        for number in range(len(self.kl)):
+            self.token_nll[number].append(nll[number])
+            self.kl[number] += kl[number]
+            self.window_kl[number].append(kl[number] / scored)
+            self.stop_mass[number] += stop_mass[number]
+        self.scored += scored
+        if not self.only_losses:
+            self._add_extremes(outcomes, figures)
+        self.windows += 1
+
+    def _add_extremes(self, outcomes: Outcomes, figures: WindowFigures) -> None:
+        """Add whether the logits of a window are finite, and its largest hidden states."""
+        finite = figures.list_finite()
         for number, peak in enumerate(outcomes.peaks):
-            logits = base if number == 0 else outcomes.logits[number]
-            self._look(number, logits)
-            before = self.kl[number]
-            nll = []
-            for at, part in enumerate(_split_parts(logits[:-1])):
-                reference = kept[at] if kept else _log(base[:-1][part])
-                log = _log(logits[:-1][part]) if number else reference
-                nll.append(self._add(number, reference, log, targets[part]))
-            self.token_nll[number].append(torch.cat(nll))
-            self.window_kl[number].append((self.kl[number] - before) / len(targets))
+            self.finite[number] &= finite[number]
             self.peaks[number] = _choose_larger(self.peaks[number], peak, self.windows)
             for one in outcomes.by_layer[number]:
                 largest = self.by_layer[number].setdefault(one.layer, one.value)
                 self.by_layer[number][one.layer] = max(largest, one.value, key=compute_magnitude)
-        self.scored += len(targets)
-        self.windows += 1
 
     def look(self, outcomes: Outcomes) -> None:
         """Record whether the logits of a prompt are finite. The positions of a prompt are not scored."""
         for number, logits in enumerate(outcomes.logits):
-            self._look(number, logits)
-
-    def _look(self, number: int, logits: Tensor) -> None:
-        self.finite[number] &= all(bool(logits[part].isfinite().all()) for part in _split_parts(logits))
-
-    def _add(self, number: int, reference: Tensor, log: Tensor, targets: Tensor) -> Tensor:
-        """Add a slice of positions. `reference` and `log` are the log-probabilities of the base and of the variant."""
-        if number:
-            self.kl[number] += _sum((reference.exp() * (reference - log)).sum(-1))
-        self.stop_mass[number] += _sum(log[:, self.stop_tokens].exp().sum(-1))
-        return -log.gather(-1, targets[:, None])[:, 0].double().cpu()
+            self.finite[number] &= bool(find_finite_rows(logits).all())
 
     def compute_nll(self, number: int) -> float:
         """Return the negative log-likelihood of a variant, summed over all scored tokens, in nats."""
@@ -202,15 +187,6 @@ class Totals:
         )
 
 
-def _log(logits: Tensor) -> Tensor:
-    return logits.float().log_softmax(-1)
-
-
-def _split_parts(logits: Tensor) -> list[slice]:
-    rows = max(1, LOGITS_AT_ONCE // logits.shape[-1])
-    return [slice(start, start + rows) for start in range(0, len(logits), rows)]
-
-
 def list_top_tokens(tokenizer: Tokenizer, logits: Tensor) -> tuple[tuple[str, float], ...]:
     """Return the most likely tokens after the last position of `logits` (tokens, vocabulary), as (text, probability).
 
@@ -234,10 +210,6 @@ def _choose_larger(best: SuperActivation | None, peak: Peak | None, window: int)
     if peak is None or (best is not None and compute_magnitude(peak.value) <= compute_magnitude(best.value)):
         return best
     return SuperActivation(peak.layer, peak.token, peak.channel, peak.value, window)
-
-
-def _sum(values: Tensor) -> float:
-    return float(values.double().sum())
 
 
 def compute_exp(x: float) -> float:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -33,8 +33,21 @@ class Logits:
     model. They must be read before the next sequence is requested.
     """
 
-    def __init__(self, variants: int, compute: Callable[[int], Tensor]):
-        self._variants, self._compute = variants, compute
+    def __init__(
+        self,
+        variants: int,
+        compute: Callable[[int], Tensor],
+        read: Callable[[Sequence[int], slice], Tensor] | None = None,
+        vocabulary: int = 0,
+        device: torch.device | None = None,
+    ):
+        """Take the functions that compute the logits.
+
+        `compute` returns all logits of a variant. `read` does what the method `read` describes. If it is given, so are
+        `vocabulary`, the number of logits of a token, and their device.
+        """
+        self._variants, self._compute, self._read = variants, compute, read
+        self.vocabulary, self.device = vocabulary, device or torch.device("cpu")
 
     def __len__(self) -> int:
         return self._variants
@@ -46,6 +59,31 @@ class Logits:
         if not 0 <= variant < self._variants:
             raise IndexError(variant)
         return self._compute(variant)
+
+    @property
+    def is_divisible(self) -> bool:
+        """True if `read` computes the requested logits only. If False, it computes all logits of each variant."""
+        return self._read is not None
+
+    def read(self, variants: Sequence[int], tokens: slice) -> Tensor:
+        """Compute the logits (variants, tokens, vocabulary) of some variants for some tokens.
+
+        The tensor is valid until the next call, which may use the same memory.
+        """
+        if self._read is not None:
+            return self._read(variants, tokens)
+        return torch.stack([self._compute(variant)[tokens] for variant in variants])
+
+
+def make_logits(logits: Sequence[Tensor]) -> Logits:
+    """Return the Logits of variants whose logits are all in memory: one tensor (tokens, vocabulary) per variant."""
+
+    def read(variants: Sequence[int], tokens: slice) -> Tensor:
+        if len(variants) == 1:
+            return logits[variants[0]][None, tokens]
+        return torch.stack([logits[variant][tokens] for variant in variants])
+
+    return Logits(len(logits), logits.__getitem__, read, logits[0].shape[-1], logits[0].device)
 
 
 class Outcomes(NamedTuple):
@@ -77,12 +115,39 @@ class Group:
     """The sequences of one length, which run together.
 
     `sequences` contains their numbers, and `calls` the arguments of each layer. `state` contains their hidden states
-    (sequences, variants, tokens, channels); its second axis has length 1 until the first changed layer.
+    (sequences, columns, tokens, channels). Variants that do not differ yet share a column (`Columns`).
     """
 
     sequences: list[int]
     calls: list[Call]
     state: Tensor
+
+
+class Columns:
+    """Assigns the variants of a run to the columns of `Group.state`.
+
+    Two variants share a column up to the first layer that they change in different ways. `of` contains the column of
+    each variant. `changes` describes for each variant what it changes in front of the first layer.
+    """
+
+    def __init__(self, changes: Sequence[Hashable]):
+        self.of = [0] * len(changes)
+        self.split(changes)
+
+    def split(self, changes: Sequence[Hashable]) -> list[int] | None:
+        """Divide the columns whose variants change the next layer in different ways, as `changes` describes.
+
+        Returns the old column of each new column; None if no column was divided.
+        """
+        pairs = list(zip(self.of, changes, strict=True))
+        found = {pair: number for number, pair in enumerate(dict.fromkeys(pairs))}
+        divided = len(found) > max(self.of) + 1
+        self.of = [found[pair] for pair in pairs]
+        return [column for column, _ in found] if divided else None
+
+    def list_first(self) -> list[int]:
+        """Return the first variant of each column."""
+        return [self.of.index(column) for column in range(max(self.of) + 1)]
 
 
 def join_outcomes(parts: Sequence[Outcomes], order: Sequence[int]) -> Outcomes:
@@ -94,24 +159,34 @@ def join_outcomes(parts: Sequence[Outcomes], order: Sequence[int]) -> Outcomes:
         part, at = sorted_places[index]
         return part.logits[at]
 
-    by_layer = tuple(part.by_layer[at] for part, at in sorted_places)
-    return Outcomes(parts[0].sequence, Logits(len(places), compute), by_layer)
+    def read(variants: Sequence[int], tokens: slice) -> Tensor:
+        chosen = [sorted_places[index] for index in variants]
+        if len({id(part) for part, _ in chosen}) == 1:
+            return chosen[0][0].logits.read([at for _, at in chosen], tokens)
+        return torch.cat([part.logits.read([at], tokens).clone() for part, at in chosen])
+
+    divisible = all(part.logits.is_divisible for part in parts)
+    first = sorted_places[0][0].logits
+    logits = Logits(len(places), compute, read if divisible else None, first.vocabulary, first.device)
+    return Outcomes(parts[0].sequence, logits, tuple(part.by_layer[at] for part, at in sorted_places))
 
 
 class Peaks:
     """Collects the largest absolute hidden state of each sequence and variant after each decoder layer."""
 
     def __init__(self) -> None:
-        self._seen: dict[int, list[tuple[int, int, list[int], list[float]]]] = defaultdict(list)
+        self._seen: dict[int, list[tuple[int, int, list[int], list[int], list[float]]]] = defaultdict(list)
 
-    def look(self, layer: int, group: Group) -> None:
-        flat = group.state.flatten(2)  # (sequences, variants, tokens * channels)
+    def look(self, layer: int, group: Group, columns: Sequence[int]) -> None:
+        """Add the hidden states of a group after layer number `layer`. `columns` has the column of each variant."""
+        flat = group.state.flatten(2)  # (sequences, columns, tokens * channels)
         where = torch.empty(flat.shape[:2], dtype=torch.long, device=flat.device)
         for at, rows in enumerate(flat):  # one sequence at a time, because abs() allocates a copy
             where[at] = rows.abs().nan_to_num(nan=torch.inf).argmax(dim=1)
         values = flat.gather(2, where[..., None])[..., 0]
         for at, sequence in enumerate(group.sequences):
-            self._seen[sequence].append((layer, group.state.shape[-1], where[at].tolist(), values[at].tolist()))
+            found = where[at].tolist(), values[at].tolist()
+            self._seen[sequence].append((layer, group.state.shape[-1], list(columns), *found))
 
     def list_by_layer(self, sequence: int, variant: int) -> tuple[Peak, ...]:
         """Return the largest hidden state of a variant in a sequence after each layer, in the order of the layers.
@@ -119,8 +194,8 @@ class Peaks:
         If the model runs a layer several times, the entry of the layer is the largest of all runs.
         """
         found: dict[int, Peak] = {}
-        for layer, channels, where, values in self._seen[sequence]:
-            at = min(variant, len(values) - 1)
+        for layer, channels, columns, where, values in self._seen[sequence]:
+            at = columns[variant]
             peak = Peak(layer, *divmod(where[at], channels), values[at])
             if layer not in found or compute_magnitude(peak.value) > compute_magnitude(found[layer].value):
                 found[layer] = peak

@@ -52,7 +52,7 @@ class Place:
 class Places:
     """Finds scalars in one loaded model and remembers their places.
 
-    `has_scalars_in` and `swap` accept only scalars that were passed to `find` before.
+    `list_scalars_in` and `swap` accept only scalars that were passed to `find` before.
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[nn.Module], checkpoint: Checkpoint):
@@ -68,9 +68,14 @@ class Places:
             else:
                 self._found[target] = self.find_place(target)
 
-    def has_scalars_in(self, variant: Scalars, where: int | None) -> bool:
-        """Return True if `variant` changes a weight of layer `where`, or outside the layers if `where` is None."""
-        return any(where in self._found[coordinate].layers for coordinate in variant)
+    def list_scalars_in(self, variant: Scalars, where: int | None) -> frozenset[tuple[Coordinate | Region, str]]:
+        """Return the scalars that `variant` changes in layer `where`, or outside the layers if `where` is None.
+
+        The values are in hexadecimal, so that 0.0 and -0.0 differ.
+        """
+        return frozenset(
+            (name, float(value).hex()) for name, value in variant.items() if where in self._found[name].layers
+        )
 
     @contextlib.contextmanager
     def swap(self, variant: Scalars, where: int | None | object = ...) -> Iterator[None]:

@@ -121,7 +121,7 @@ class Losses(Generic[Unit]):
         return compute_exp(compute_mean_interval(self._base, self.scored).mean)
 
     def _run(self, variants: Sequence[tuple[frozenset[Unit] | float, Scalars]], progress: Progress | None) -> None:
-        totals = measure.Totals([], 1 + len(variants))
+        totals = measure.Totals([], 1 + len(variants), only_losses=True)
         scalars = [{}, *(scalars for _, scalars in variants)]
         for outcomes in self.model.run(self.windows, scalars, progress=progress):
             totals.add_window(self.windows[outcomes.sequence], outcomes)
