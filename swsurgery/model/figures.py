@@ -30,8 +30,8 @@ class LogitLimits(NamedTuple):
 
 
 LIMITS = {"cpu": LogitLimits(2**24, 2**26, 2**19), "cuda": LogitLimits(2**25, 2**27, 2**27)}
-"""The limits on each type of device. A slice on the CPU takes 2 MB, which stays in a cache. A GPU needs few large steps.
-In float32, all tensors together take at most 0.5 GB on the CPU and 2 GB on a GPU."""
+"""The limits on each type of device. A slice on the CPU takes 2 MB, which stays in a cache. A GPU needs few large
+steps. In float32, all tensors together take at most 0.5 GB on the CPU and 2 GB on a GPU."""
 
 
 class WindowFigures:

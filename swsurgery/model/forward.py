@@ -4,8 +4,8 @@ A variant is the stored checkpoint with other values for some scalars or with so
 base of a patched model, a zeroed candidate or a factor of a sweep. Variants that are equal up to a layer are computed
 together up to it. In a changed layer, the scalars and tensors of each variant are put into the weights, its rows are
 computed, and the stored weights are restored. The result equals loading each variant's checkpoint on its own, for
-changes in any parameter: linear layers, experts, norms and the embedding. If it is not known how transformers makes a
-parameter from a changed tensor, transformers loads that variant as a model of its own.
+changes in any parameter. If it is not known how transformers makes a parameter from a changed tensor, transformers
+loads that variant as a model of its own.
 
 A rehearsal finds out how the model calls its layers (masks, positions): the code of transformers runs with stand-ins
 for the layers, which record their arguments. Then this module calls the layers one after the other, so that only the
@@ -267,8 +267,7 @@ class LayeredModel:
             for number, ids in enumerate(sequences):
                 progress.relabel(f"sequence {number + 1}/{len(sequences)}")
                 group, at = where[number]
-                state = group.state[at].to(device)
-                logits = VariantLogits(head, ids, state, columns.of, outside, swap)
+                logits = VariantLogits(head, ids, group.state[at].to(device), columns.of, outside, swap)
                 found = tuple(peaks.list_by_layer(number, index) for index in range(len(variants)))
                 yield Outcomes(number, logits.wrap(), found)
                 progress.advance(0 if self.weights else 1)

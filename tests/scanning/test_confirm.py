@@ -26,7 +26,7 @@ from swsurgery.errors import ArchitectureError, ModelError
 from swsurgery.model import load
 from swsurgery.model import windows as windows_module
 from swsurgery.model.forward import LayeredModel
-from swsurgery.model.outcomes import Outcomes
+from swsurgery.model.outcomes import Outcomes, make_logits
 from swsurgery.scanning.causal_report import Effect
 from swsurgery.scanning.confirm import confirm, confirm_windows
 from swsurgery.scanning.measure_sweep import sweep_windows
@@ -414,7 +414,7 @@ class Told:
                 side = torch.full((len(ids), 32), -torch.inf)
                 side[:, 0], side[:, 1] = 0.0, other
                 logits.append(side.clamp(min=-1e4))
-            yield Outcomes(number, tuple(logits), ((),) * len(variants))
+            yield Outcomes(number, make_logits(logits), ((),) * len(variants))
 
 
 @pytest.fixture(scope="module")
