@@ -205,7 +205,7 @@ def has_only_gguf(names: Collection[str]) -> bool:
 
 def explain_gguf(where: object) -> CheckpointError:
     """Return the error of a command that reads no GGUF files. `where` is the file."""
-    what = "this command does not read GGUF files, because swsurgery cannot run them"
+    what = "this command does not read GGUF files, because swsurgery can neither run nor export them"
     return CheckpointError(what, where, "give the safetensors checkpoint from which the file was converted")
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from swsurgery.editing.asked import Asked, Misfit
 from swsurgery.editing.conflicts import find_conflicts
 from swsurgery.storage.coordinate import Coordinate
+from swsurgery.storage.ggml import BlockDtype
+from swsurgery.storage.shard import TensorInfo
 from swsurgery.storage.splice import Scalar, Splice
 
 
@@ -56,6 +58,14 @@ class CodeEdit:
         }
 
 
+def name_stored(place: Coordinate, infos: Mapping[str, TensorInfo]) -> str:
+    """Name a stored number in a message, such as "byte [0, 5] of blk.1.ffn_down.weight" in a tensor of blocks."""
+    info = infos.get(place.tensor)
+    if info is not None and isinstance(info.dtype, BlockDtype):
+        return f"byte {list(place.index)} of {place.tensor}"
+    return str(place)
+
+
 @dataclass
 class PlannedCodes:
     """The edits of quantised elements, and the stored numbers that change.
@@ -75,18 +85,19 @@ class PlannedCodes:
         known = {scalar.coordinate for _, scalar in self.protected}
         self.protected += [(number, scalar) for scalar in scalars if scalar.coordinate not in known]
 
-    def list_misfits(self, others: Sequence[tuple[Asked, Scalar]]) -> list[Misfit]:
+    def list_misfits(self, others: Sequence[tuple[Asked, Scalar]], infos: Mapping[str, TensorInfo]) -> list[Misfit]:
         """List the misfits, and the conflicts of these edits with each other and with `others`.
 
-        `others` are the edits of the stored numbers themselves. If one of them changes a tensor of a quantised layer,
-        no element of this layer can be edited, because its value may depend on the changed number.
+        `infos` are the headers of the stored tensors. `others` are the edits of the stored numbers themselves. If one
+        of them changes a tensor of a quantised layer, no element of this layer can be edited, because its value may
+        depend on the changed number.
         """
         found = [*self.misfits, *find_conflicts((edit.number, edit.coordinate) for edit in self.edits)]
         kept = {scalar.coordinate: number for number, scalar in self.protected}
         kept |= {scalar.coordinate: one.number for one, scalar in others if not one.edit.writes}
         for number, splice in self.splices:
             if splice.coordinate in kept:
-                why = f"{splice.coordinate} also holds bits that another edit protects"
+                why = f"{name_stored(splice.coordinate, infos)} also holds bits that another edit protects"
                 found.append(Misfit(number, why, kept[splice.coordinate]))
         layers = {edit.coordinate.tensor.removesuffix(".weight"): edit.number for edit in self.edits}
         for one, _ in others:

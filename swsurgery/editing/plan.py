@@ -17,7 +17,7 @@ from swsurgery.checkpoint.region_summary import describe_operation
 from swsurgery.checkpoint.sizes import read_sizes
 from swsurgery.checkpoint.tying import list_tied_faults
 from swsurgery.editing.asked import Asked, Misfit
-from swsurgery.editing.code_edit import CodeEdit
+from swsurgery.editing.code_edit import CodeEdit, name_stored
 from swsurgery.editing.compose import drop_repeated
 from swsurgery.editing.conflicts import find_conflicts, find_region_conflicts
 from swsurgery.editing.plan_regions import make_signature, plan_regions
@@ -160,11 +160,11 @@ def make_plan(loaded: LoadedManifest, checkpoint: Checkpoint) -> Plan:
     # Edits of a scalar that cannot be read are not in conflict: each of them has its own fault.
     misfits += [*resolution.misfits, *find_conflicts((one.number, one.coordinate) for one, _ in read)]
     misfits += find_region_conflicts([one for one, _ in read], resolution.regions)
-    misfits += codes.list_misfits(read)
+    misfits += codes.list_misfits(read, checkpoint.infos)
     idle = {one.coordinate for one, new in read if one.edit.known == "all" and _is_idle(new)}
     changed = [(one.number, one.coordinate) for one in plain if one.edit.writes and one.coordinate not in idle]
     changed += [(number, splice.coordinate) for number, splice in codes.splices]
-    misfits += _check_protected(changed, loaded, previous)
+    misfits += _check_protected(changed, loaded, previous, checkpoint)
     changes = [*((one.number, scalar) for one, scalar in read), *codes.splices]
     misfits += _check_protected_codes(changes, previous, checkpoint)
     splices = tuple(scalar for _, scalar in changes if isinstance(scalar, Splice))
@@ -229,7 +229,7 @@ def _is_idle(scalar: Scalar) -> TypeGuard[Splice]:
 
 
 def _check_protected(
-    changed: Iterable[tuple[int, Coordinate]], loaded: LoadedManifest, previous: Patched | None
+    changed: Iterable[tuple[int, Coordinate]], loaded: LoadedManifest, previous: Patched | None, checkpoint: Checkpoint
 ) -> Iterator[Misfit]:
     """Report every edit that would change a scalar protected by the base's own record.
 
@@ -244,7 +244,8 @@ def _check_protected(
         by_region = next((n for n, region in around if region.contains(coordinate)), None)
         protector = protectors.get(coordinate, by_region)
         if protector is not None:
-            message = f"{coordinate} is protected by step {protector} of the base's record"
+            stored = name_stored(coordinate, checkpoint.infos)
+            message = f"{stored} is protected by step {protector} of the base's record"
             others = "name the others with known: ID, " if loaded.manifest.edits[number].known == "all" else ""
             yield Misfit(number, f"{message} ({others}revert that step, or start from the first base)")
 

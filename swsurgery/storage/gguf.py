@@ -97,13 +97,14 @@ def open_truncated_gguf(file: File) -> tuple[GgufFile, int]:
             metadata, tensors = _read_header(reader)
             start = _align(reader.position, _read_alignment(metadata))
             infos = _place_tensors(tensors, _read_alignment(metadata))
+            before_data = min(start, size)
+            reader.require(before_data - reader.position)
         except HeaderCutOff:
             raise
         except ValueError as error:
             raise ShardError(f"malformed GGUF header: {error}", file) from None
-        padding = read_exactly(opened, max(min(start, size) - reader.position, 0), reader.position)
     needed = start + infos[-1].data_offsets[1] if infos else 0
-    digest = hashlib.sha256(reader.data[: reader.position] + padding).hexdigest()
+    digest = hashlib.sha256(reader.data[:before_data]).hexdigest()
     shard = Shard(file, size, start - 8, {info.name: info for info in infos}, {}, digest)
     return GgufFile(shard, metadata), max(0, needed - size)
 

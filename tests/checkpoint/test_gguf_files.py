@@ -194,7 +194,9 @@ def test_no_command_runs_a_gguf_file(tmp_path, capsys):
     for words in commands:
         code, _, err = run(capsys, *words)
         assert code == 2 and len(err.splitlines()) == 1, (words, err)
-        assert f"this command does not read GGUF files, because swsurgery cannot run them: {model}" in err
+        assert (
+            f"this command does not read GGUF files, because swsurgery can neither run nor export them: {model}" in err
+        )
     assert model.read_bytes() == before and [*folder.iterdir()] == [model]
 
 

