@@ -27,7 +27,7 @@ from swsurgery.storage.digest_cache import DigestCache
 from swsurgery.storage.files import CHUNK, BaseFile, LocalFile, fill, read_exactly
 from swsurgery.storage.folder import Entry, Folder
 from swsurgery.storage.hashing import check_digest, count_threads, refuse_other_header
-from swsurgery.storage.pipeline import BUFFER_SIZE, Sink, count_buffers, stream
+from swsurgery.storage.pipeline import BUFFER_SIZE, Sink, compute_share, stream
 from swsurgery.storage.shard import Shard
 from swsurgery.storage.splice import Splice, group_by_file
 from swsurgery.threads import Pool
@@ -152,7 +152,7 @@ class _Copier:
         self.progress, self.digests, self.reuse = progress, digests, reuse
         self.threads = count_threads()
         large = sum(file.size > BUFFER_SIZE for file in source.files)
-        self.buffers = count_buffers(min(self.threads, large))
+        self.share = compute_share(min(self.threads, large))
         self.stop = threading.Event()
         self.lock = threading.Lock()
         self.splices = group_by_file(source.splices)
@@ -214,7 +214,7 @@ class _Copier:
         if known:
             self.advance(file.size)
             return _Written("hard", known, known, unverified=True)
-        digest, _ = stream(base, file, (), self.advance, header=self.header_of(file), buffers=self.buffers)
+        digest, _ = stream(base, file, (), self.advance, header=self.header_of(file), share=self.share)
         return _Written("hard", digest, digest)
 
     def header_of(self, file: BaseFile) -> Shard | None:
@@ -327,7 +327,7 @@ class _Copier:
         """
         header, changes = self.header_of(file), self.source.changes.get(file.name)
         if not changes:
-            return stream(opened, file, splices, advance, sink, header, self.buffers)
+            return stream(opened, file, splices, advance, sink, header, self.share)
         from swsurgery.rewriting.segments import list_segments
         from swsurgery.rewriting.stream import Receivers, stream_changed
         from swsurgery.rewriting.tally import Tally

@@ -55,6 +55,11 @@ def refuse_other_header(digest: str, header: Shard, file: BaseFile) -> None:
         raise CheckpointError(reason, file.source, "run again when no other program writes to the base")
 
 
+def count_cores() -> int:
+    """Return the number of processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def count_threads() -> int:
     """Read the number of threads from the environment variable SWSURGERY_THREADS. The default is 4.
 

@@ -14,12 +14,13 @@ import operator
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 
 from swsurgery.errors import CheckpointError
 from swsurgery.progress import Progress, Silent
 from swsurgery.storage.dtypes import format_bits
 from swsurgery.storage.files import BaseFile, File, fill
-from swsurgery.storage.hashing import count_threads, refuse_other_header
+from swsurgery.storage.hashing import count_cores, count_threads, refuse_other_header
 from swsurgery.storage.shard import Shard
 from swsurgery.storage.splice import Splice
 from swsurgery.threads import Pool
@@ -37,9 +38,21 @@ Sink = Callable[[memoryview, int], None]
 """Receives bytes of the patched file and their offset. It is called by several threads, in any order."""
 
 
-def count_buffers(files: int) -> int:
-    """Return the number of buffers for each file, if so many files are copied at the same time."""
-    return max(3, min(8, MAX_BUFFERS // max(1, files)))
+@dataclass(frozen=True)
+class Share:
+    """What one of several files that are copied at the same time gets: `buffers` of BUFFER_SIZE bytes, and threads.
+
+    If `apart` is False, the thread that reads also computes the digest of the base. This needs less processor time,
+    because the bytes are still in the cache of that core.
+    """
+
+    buffers: int = 4
+    apart: bool = True
+
+
+def compute_share(files: int) -> Share:
+    """Return the share of each file, if so many files are copied at the same time."""
+    return Share(max(3, min(8, MAX_BUFFERS // max(1, files))), count_cores() > files)
 
 
 def stream(
@@ -49,20 +62,22 @@ def stream(
     advance: Callable[[int], None],
     sink: Sink | None = None,
     header: Shard | None = None,
-    buffers: int = 4,
+    share: Share = Share(),
 ) -> tuple[str, str]:
     """Read a file once. Returns the sha256 of its bytes and the sha256 of its bytes with `splices` applied.
 
     `opened` is the source of `file`, already open. `splices` must be sorted by offset and must not overlap. `sink`
-    receives the bytes with the splices applied, and `advance` the number of bytes of each read. `buffers` is the number
-    of buffers, each of BUFFER_SIZE bytes. Raises CheckpointError if the file does not contain the old bytes of a
-    splice, or if `header` is given and describes another header. Also raises the errors of `sink`.
+    receives the bytes with the splices applied, and `advance` the number of bytes of each read. `share` states the
+    buffers and threads to use. Raises CheckpointError if the file does not contain the old bytes of a splice, or if
+    `header` is given and describes another header. Also raises the errors of `sink`.
     """
     parallel = file.size > BUFFER_SIZE and count_threads() > 1
     with contextlib.ExitStack() as started:
-        run = _Pass(file, splices, sink, header, parallel, started)
+        run = _Pass(file, splices, sink, header)
+        if parallel:
+            run.start_threads(share, started)
         no_jobs: list[Future[None]] = []
-        ring = deque((buffer, no_jobs) for buffer in _make_buffers(buffers if parallel else 1))
+        ring = deque((buffer, no_jobs) for buffer in _make_buffers(share.buffers if parallel else 1))
         for offset in range(0, file.size, BUFFER_SIZE):
             buffer, jobs = ring.popleft()
             _wait(jobs)
@@ -115,20 +130,21 @@ class _Pass:
         splices: Sequence[Splice],
         sink: Sink | None,
         header: Shard | None,
-        parallel: bool,
-        started: contextlib.ExitStack,
     ) -> None:
         self.file, self.splices, self.sink, self.header = file, splices, sink, header
         self.digest, self.patched = hashlib.sha256(), hashlib.sha256()
         self.begun = hashlib.sha256()
         self.changed = False
+        self.writers = self.patched_lane = self.base_lane = Pool(0)
 
-        def start(count: int, needed: bool) -> Pool:
-            return started.enter_context(Pool(count if needed and parallel else 0, least=1))
-
-        self.writers = start(WRITERS, sink is not None)
-        self.patched_lane = start(1, bool(splices))
-        self.base_lane = start(1, True)
+    def start_threads(self, share: Share, started: contextlib.ExitStack) -> None:
+        """Start the threads that this file needs. Closing `started` waits for their work, then ends them."""
+        if self.sink:
+            self.writers = started.enter_context(Pool(WRITERS))
+        if self.splices:
+            self.patched_lane = started.enter_context(Pool(1, least=1))
+        if share.apart:
+            self.base_lane = started.enter_context(Pool(1, least=1))
 
     def take(self, chunk: memoryview, offset: int) -> list[Future[None]]:
         """Hash and pass on a chunk at `offset`. The buffer may be used again when the returned calls are complete."""

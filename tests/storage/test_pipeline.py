@@ -39,10 +39,10 @@ def folder(tmp_path_factory) -> Path:
 
 
 @given(
-    st.binary(max_size=400), st.sets(st.integers(0, 99), max_size=6), st.integers(1, 70), st.integers(1, 5),
-    st.sampled_from(["1", "4"]),
+    st.binary(max_size=400), st.sets(st.integers(0, 99), max_size=6), st.integers(1, 70),
+    st.builds(pipeline.Share, st.integers(1, 5), st.booleans()), st.sampled_from(["1", "4"]),
 )  # fmt: skip
-def test_both_digests_and_all_bytes_are_right(folder, data, places, size, buffers, threads):
+def test_both_digests_and_all_bytes_are_right(folder, data, places, size, share, threads):
     """The places are multiples of four, but the buffers have any size, so that scalars are in two of them."""
     splices = [splice(4 * p, data[4 * p : 4 * p + 4], b"\1\2\3\4") for p in sorted(places) if 4 * p + 4 <= len(data)]
     patched = bytearray(data)
@@ -59,7 +59,7 @@ def test_both_digests_and_all_bytes_are_right(folder, data, places, size, buffer
     with pytest.MonkeyPatch.context() as patch, base.source.open() as opened:
         patch.setattr(pipeline, "BUFFER_SIZE", size)
         patch.setenv("SWSURGERY_THREADS", threads)
-        digests = pipeline.stream(opened, base, splices, read.append, sink, buffers=buffers)
+        digests = pipeline.stream(opened, base, splices, read.append, sink, share=share)
         assert digests == pipeline.stream(opened, base, splices, read.append)
     assert digests == (hashlib.sha256(data).hexdigest(), hashlib.sha256(patched).hexdigest())
     assert written == patched
@@ -124,9 +124,10 @@ def test_equal_bytes_are_hashed_once(tmp_path, monkeypatch):
         assert sum(hashed) == 640 + 128
 
 
-@pytest.mark.parametrize(("files", "each"), [(0, 8), (1, 8), (2, 6), (3, 4), (4, 3), (64, 3)])
-def test_many_files_have_fewer_buffers_each(files, each):
-    assert pipeline.count_buffers(files) == each
+@pytest.mark.parametrize(("files", "buffers"), [(0, 8), (1, 8), (2, 6), (3, 4), (4, 3), (64, 3)])
+def test_many_files_have_fewer_buffers_each_and_share_the_cores(monkeypatch, files, buffers):
+    monkeypatch.setattr(pipeline, "count_cores", lambda: 2)
+    assert pipeline.compute_share(files) == pipeline.Share(buffers, files < 2)
 
 
 def test_two_threads_end_a_file_past_the_cache(tmp_path, monkeypatch):
