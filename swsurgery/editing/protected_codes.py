@@ -22,10 +22,16 @@ Edits = Sequence[tuple[int, Splice]]
 
 
 def find_changed_codes(edits: Edits, previous: Record, checkpoint: Checkpoint) -> Iterator[Misfit]:
-    """Yield a misfit for each element that a step of `previous` protects and whose value the edits would change."""
+    """Yield a misfit for each element that a step of `previous` protects and whose value the edits would change.
+
+    Edits of the stored numbers that hold the bits of a protected code are left out, because the planner refuses them
+    for another reason.
+    """
     for step, code in previous.list_protected_codes():
         module = code.weight.removesuffix(".weight")
-        near = [(n, s) for n, s in edits if s.coordinate.tensor.startswith((f"{module}.", f"{module}_"))]
+        own = {element.coordinate for element in code.elements}
+        others = [(n, s) for n, s in edits if s.coordinate not in own]
+        near = [(n, s) for n, s in others if s.coordinate.tensor.startswith((f"{module}.", f"{module}_"))]
         if not near:
             continue
         before, after = (_read_value(code.coordinate, changes, checkpoint) for changes in ([], near))

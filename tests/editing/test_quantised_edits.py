@@ -133,8 +133,9 @@ def test_a_protected_element_keeps_its_code(base):
     patched = apply(base, *edits)
     assert verify(patched)
     manifest = write_manifest(base.parent / "again.yaml", patched, {"op": "zero", "layer": 1, "row": 0, "col": 0})
-    with pytest.raises(PlanError, match="is protected by step 1"):
+    with pytest.raises(PlanError, match="is protected by step 1") as caught:
         swsurgery.apply(manifest, output=base.parent / "again", check="off")
+    assert len(caught.value.faults) == 1
 
 
 def scale_row(row: int, factor: float = 2.0) -> dict:
