@@ -197,7 +197,9 @@ def _compute_shapes(header: GgufHeader, block: int, stored: Mapping[str, object]
         shapes |= {"ffn_gate": (inner, width), "ffn_up": (inner, width), "ffn_down": (width, inner)}
         if header.architecture == "phi3":  # gate and up are one matrix
             shapes["ffn_up"] = (2 * inner, width)
-    experts, of_expert = header.read("expert_count"), header.read("expert_feed_forward_length", block) or inner
+    experts, of_expert = header.read("expert_count"), header.read("expert_feed_forward_length", block)
+    if of_expert is None and "ffn_gate" in ARCHITECTURES[header.architecture]:  # llama: experts as wide as a dense MLP
+        of_expert = inner
     if experts is not None:
         shapes["ffn_gate_inp"] = (experts, width)
         if of_expert is not None:

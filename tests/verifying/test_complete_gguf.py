@@ -100,6 +100,14 @@ def test_what_the_metadata_declares_and_the_file_lacks_is_a_finding(tmp_path, ch
     assert errors(write(tmp_path / "m.gguf", change(list_shapes()))) == expected
 
 
+@pytest.mark.parametrize(("architecture", "complete"), [("qwen2moe", True), ("llama", False)])
+def test_experts_of_an_unstated_width_are_compared_only_where_it_is_known(tmp_path, architecture, complete):
+    experts = {"ffn_gate_inp": (2, 8), "ffn_gate_exps": (2, 5, 8), "ffn_up_exps": (2, 5, 8), "ffn_down_exps": (2, 8, 5)}
+    block = {name: shape for name, shape in BLOCK.items() if name not in ("ffn_gate", "ffn_up", "ffn_down")} | experts
+    path = write(tmp_path / "m.gguf", list_shapes(block), architecture, expert_count=2)
+    assert swsurgery.preflight(path).ok == complete
+
+
 def test_one_block_alone_is_compared_with_the_table(tmp_path):
     path = write(tmp_path / "m.gguf", without("attn_v")(list_shapes(count=1)), block_count=1)
     assert errors(path) == [("tensor-missing", "blk.0.attn_v.weight")]
