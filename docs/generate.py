@@ -55,7 +55,7 @@ def families() -> str:
 
     rows = ["| family | model types | down projections, as stored or loaded |", "| --- | --- | --- |"]
     for family in FAMILIES:
-        names = dict.fromkeys(f"{KINDS[layout.kind]}: `{layout.name}`" for layout in family.layouts)
+        names = dict.fromkeys(f"{KINDS[template.kind]}: `{template.name}`" for template in family.templates)
         rows.append(f"| {family.name} | {', '.join(family.model_types)} | {'<br>'.join(names)} |")
     before, mark, after = (DOCS / "families.md").read_text().partition("<!-- generated -->\n")
     notes = after.partition("<!-- end -->\n")[2]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal, TypeAlias
 
-from swsurgery.checkpoint.family import Family, InputLayout, Layout
+from swsurgery.checkpoint.family import Family, InputProjections, Template
 
 ExpertChoice: TypeAlias = int | Literal["shared"] | None
 """The expert that contains a down projection: None in a dense layer, the number of a routed expert such as 7, or
@@ -26,22 +26,22 @@ tensors of all architectures the same names."""
 
 _MODEL = ("model.", "")
 _TRANSFORMER = ("transformer.", "")
-_GATED = InputLayout(("gate_proj", "up_proj"))
-_FUSED = InputLayout(("gate_up_proj",), "halves")
-_FUSED_LINEAR = InputLayout(("input_linear",), "halves")
-_C_FC = InputLayout(("c_fc",))
-_FC1 = InputLayout(("fc1",))
-_UP = InputLayout(("up_proj",))
-_W1_W3 = InputLayout(("w1", "w3"))
-_H_TO_4H = InputLayout(("dense_h_to_4h",))
-_DENSE = Layout("dense", "layers.{layer}.mlp.down_proj.weight", "row col", _GATED)
-_EXPERTS = Layout("routed", "layers.{layer}.mlp.experts.{expert}.down_proj.weight", "row col", _GATED)
+_GATED = InputProjections(("gate_proj", "up_proj"))
+_FUSED = InputProjections(("gate_up_proj",), "halves")
+_FUSED_LINEAR = InputProjections(("input_linear",), "halves")
+_C_FC = InputProjections(("c_fc",))
+_FC1 = InputProjections(("fc1",))
+_UP = InputProjections(("up_proj",))
+_W1_W3 = InputProjections(("w1", "w3"))
+_H_TO_4H = InputProjections(("dense_h_to_4h",))
+_DENSE = Template("dense", "layers.{layer}.mlp.down_proj.weight", "row col", _GATED)
+_EXPERTS = Template("routed", "layers.{layer}.mlp.experts.{expert}.down_proj.weight", "row col", _GATED)
 # transformers >= 5 stacks the experts while loading, and saves the stacked form if save_original_format=False.
-_STACKED = Layout("routed", "layers.{layer}.mlp.experts.down_proj", "expert row col", _FUSED)
-_SHARED = Layout("shared", "layers.{layer}.mlp.shared_experts.down_proj.weight", "row col", _GATED)
-_W2 = Layout("dense", "layers.{layer}.feed_forward.w2.weight", "row col", _W1_W3)
-_W2_EXPERTS = Layout("routed", "layers.{layer}.block_sparse_moe.experts.{expert}.w2.weight", "row col", _W1_W3)
-_STACKED_FF = Layout("routed", "layers.{layer}.feed_forward.experts.down_proj", "expert row col", _FUSED)
+_STACKED = Template("routed", "layers.{layer}.mlp.experts.down_proj", "expert row col", _FUSED)
+_SHARED = Template("shared", "layers.{layer}.mlp.shared_experts.down_proj.weight", "row col", _GATED)
+_W2 = Template("dense", "layers.{layer}.feed_forward.w2.weight", "row col", _W1_W3)
+_W2_EXPERTS = Template("routed", "layers.{layer}.block_sparse_moe.experts.{expert}.w2.weight", "row col", _W1_W3)
+_STACKED_FF = Template("routed", "layers.{layer}.feed_forward.experts.down_proj", "expert row col", _FUSED)
 
 FAMILIES: tuple[Family, ...] = (
     Family(
@@ -59,49 +59,52 @@ FAMILIES: tuple[Family, ...] = (
         "Phi-3 and GLM-4",
         ("phi3", "phi4_multimodal", "glm", "glm4"),
         _MODEL,
-        (Layout("dense", "layers.{layer}.mlp.down_proj.weight", "row col", _FUSED),),
+        (Template("dense", "layers.{layer}.mlp.down_proj.weight", "row col", _FUSED),),
     ),
-    Family("Phi-2", ("phi",), _MODEL, (Layout("dense", "layers.{layer}.mlp.fc2.weight", "row col", _FC1),)),
+    Family("Phi-2", ("phi",), _MODEL, (Template("dense", "layers.{layer}.mlp.fc2.weight", "row col", _FC1),)),
     Family(
-        "StarCoder2", ("starcoder2",), _MODEL, (Layout("dense", "layers.{layer}.mlp.c_proj.weight", "row col", _C_FC),)
+        "StarCoder2",
+        ("starcoder2",),
+        _MODEL,
+        (Template("dense", "layers.{layer}.mlp.c_proj.weight", "row col", _C_FC),),
     ),
     Family(
         "Falcon and BLOOM",
         ("falcon", "bloom"),
         _TRANSFORMER,
-        (Layout("dense", "h.{layer}.mlp.dense_4h_to_h.weight", "row col", _H_TO_4H),),
+        (Template("dense", "h.{layer}.mlp.dense_4h_to_h.weight", "row col", _H_TO_4H),),
     ),
     Family(
         "GPT-NeoX",
         ("gpt_neox",),
         ("gpt_neox.", ""),
-        (Layout("dense", "layers.{layer}.mlp.dense_4h_to_h.weight", "row col", _H_TO_4H),),
+        (Template("dense", "layers.{layer}.mlp.dense_4h_to_h.weight", "row col", _H_TO_4H),),
     ),
     # GPT-2's Conv1D stores [in, out]. The families below with the same tensor name use Linear, which stores [out, in].
-    Family("GPT-2", ("gpt2",), _TRANSFORMER, (Layout("dense", "h.{layer}.mlp.c_proj.weight", "col row", _C_FC),)),
+    Family("GPT-2", ("gpt2",), _TRANSFORMER, (Template("dense", "h.{layer}.mlp.c_proj.weight", "col row", _C_FC),)),
     Family(
         "GPT-Neo and GPT-BigCode",
         ("gpt_neo", "gpt_bigcode"),
         _TRANSFORMER,
-        (Layout("dense", "h.{layer}.mlp.c_proj.weight", "row col", _C_FC),),
+        (Template("dense", "h.{layer}.mlp.c_proj.weight", "row col", _C_FC),),
     ),
     Family(
         "GPT-J",
         ("gptj",),
         _TRANSFORMER,
-        (Layout("dense", "h.{layer}.mlp.fc_out.weight", "row col", InputLayout(("fc_in",))),),
+        (Template("dense", "h.{layer}.mlp.fc_out.weight", "row col", InputProjections(("fc_in",))),),
     ),
     Family(
         "OPT",
         ("opt",),
         ("model.decoder.", "decoder."),
-        (Layout("dense", "layers.{layer}.fc2.weight", "row col", _FC1),),
+        (Template("dense", "layers.{layer}.fc2.weight", "row col", _FC1),),
     ),
     Family(
         "MPT",
         ("mpt",),
         _TRANSFORMER,
-        (Layout("dense", "blocks.{layer}.ffn.down_proj.weight", "row col", _UP),),
+        (Template("dense", "blocks.{layer}.ffn.down_proj.weight", "row col", _UP),),
     ),
     Family(
         "Mixtral",
@@ -120,7 +123,7 @@ FAMILIES: tuple[Family, ...] = (
             _DENSE,
             _EXPERTS,
             _STACKED,
-            Layout("shared", "layers.{layer}.mlp.shared_expert.down_proj.weight", "row col", _GATED),
+            Template("shared", "layers.{layer}.mlp.shared_expert.down_proj.weight", "row col", _GATED),
         ),
     ),
     Family(
@@ -140,11 +143,11 @@ FAMILIES: tuple[Family, ...] = (
         ("gpt_oss",),
         _MODEL,
         (
-            Layout(
+            Template(
                 "routed",
                 "layers.{layer}.mlp.experts.down_proj",
                 "expert col row",
-                InputLayout(("gate_up_proj",), "alternating"),
+                InputProjections(("gate_up_proj",), "alternating"),
             ),
         ),
     ),
@@ -153,9 +156,9 @@ FAMILIES: tuple[Family, ...] = (
         ("llama4", "llama4_text"),
         _MODEL,
         (
-            Layout("dense", "layers.{layer}.feed_forward.down_proj.weight", "row col", _GATED),
-            Layout("routed", "layers.{layer}.feed_forward.experts.down_proj", "expert col row", _FUSED),
-            Layout("shared", "layers.{layer}.feed_forward.shared_expert.down_proj.weight", "row col", _GATED),
+            Template("dense", "layers.{layer}.feed_forward.down_proj.weight", "row col", _GATED),
+            Template("routed", "layers.{layer}.feed_forward.experts.down_proj", "expert col row", _FUSED),
+            Template("shared", "layers.{layer}.feed_forward.shared_expert.down_proj.weight", "row col", _GATED),
         ),
     ),
     Family(
@@ -163,9 +166,9 @@ FAMILIES: tuple[Family, ...] = (
         ("granitemoe", "granitemoeshared"),
         _MODEL,
         (
-            Layout("routed", "layers.{layer}.block_sparse_moe.output_linear.weight", "expert row col", _FUSED_LINEAR),
-            Layout("routed", "layers.{layer}.block_sparse_moe.experts.down_proj", "expert row col", _FUSED),
-            Layout("shared", "layers.{layer}.shared_mlp.output_linear.weight", "row col", _FUSED_LINEAR),
+            Template("routed", "layers.{layer}.block_sparse_moe.output_linear.weight", "expert row col", _FUSED_LINEAR),
+            Template("routed", "layers.{layer}.block_sparse_moe.experts.down_proj", "expert row col", _FUSED),
+            Template("shared", "layers.{layer}.shared_mlp.output_linear.weight", "row col", _FUSED_LINEAR),
         ),
     ),
     # The published files have [expert, col, row]; transformers >= 5 saves [expert, row, col] under the same name.
@@ -176,12 +179,12 @@ FAMILIES: tuple[Family, ...] = (
         (
             _DENSE,
             _STACKED,
-            Layout("routed", "layers.{layer}.mlp.experts.down_proj", "expert col row", _FUSED, stored_only=True),
+            Template("routed", "layers.{layer}.mlp.experts.down_proj", "expert col row", _FUSED, stored_only=True),
         ),
     ),
     # transformers 5.23, models/nemotron: the activation is relu2, and the MLP has no gate.
     Family(
-        "Nemotron", ("nemotron",), _MODEL, (Layout("dense", "layers.{layer}.mlp.down_proj.weight", "row col", _UP),)
+        "Nemotron", ("nemotron",), _MODEL, (Template("dense", "layers.{layer}.mlp.down_proj.weight", "row col", _UP),)
     ),
     # The published files have "backbone.", which transformers renames. A layer has a mixer: an MLP, a mixture of
     # experts, attention or Mamba. The routed experts of Nemotron 3 may read and write a smaller latent space.
@@ -190,22 +193,22 @@ FAMILIES: tuple[Family, ...] = (
         ("nemotron_h",),
         (*_MODEL, "backbone."),
         (
-            Layout("dense", "layers.{layer}.mixer.down_proj.weight", "row col", _UP),
-            Layout(
+            Template("dense", "layers.{layer}.mixer.down_proj.weight", "row col", _UP),
+            Template(
                 "routed",
                 "layers.{layer}.mixer.experts.{expert}.down_proj.weight",
                 "row col",
                 _UP,
                 rows_key="moe_latent_size",
             ),
-            Layout(
+            Template(
                 "routed",
                 "layers.{layer}.mixer.experts.down_proj",
                 "expert row col",
                 _UP,
                 rows_key="moe_latent_size",
             ),
-            Layout("shared", "layers.{layer}.mixer.shared_experts.down_proj.weight", "row col", _UP),
+            Template("shared", "layers.{layer}.mixer.shared_experts.down_proj.weight", "row col", _UP),
         ),
     ),
     # InternLM2 has no class in transformers. Its modeling_internlm2.py computes w2(silu(w1(x)) * w3(x)).
@@ -216,7 +219,7 @@ FAMILIES: tuple[Family, ...] = (
         _MODEL,
         (
             _W2,
-            Layout("routed", "layers.{layer}.feed_forward.experts.{expert}.w2.weight", "row col", _W1_W3),
+            Template("routed", "layers.{layer}.feed_forward.experts.{expert}.w2.weight", "row col", _W1_W3),
             _STACKED_FF,
         ),
     ),
@@ -225,8 +228,8 @@ FAMILIES: tuple[Family, ...] = (
         ("jamba",),
         _MODEL,
         (
-            Layout("dense", "layers.{layer}.feed_forward.down_proj.weight", "row col", _GATED),
-            Layout("routed", "layers.{layer}.feed_forward.experts.{expert}.down_proj.weight", "row col", _GATED),
+            Template("dense", "layers.{layer}.feed_forward.down_proj.weight", "row col", _GATED),
+            Template("routed", "layers.{layer}.feed_forward.experts.{expert}.down_proj.weight", "row col", _GATED),
             _STACKED_FF,
         ),
     ),
@@ -236,9 +239,9 @@ FAMILIES: tuple[Family, ...] = (
         ("deepseek_v4",),
         _MODEL,
         (
-            Layout("routed", "layers.{layer}.ffn.experts.{expert}.w2.weight", "row col", _W1_W3),
+            Template("routed", "layers.{layer}.ffn.experts.{expert}.w2.weight", "row col", _W1_W3),
             _STACKED,
-            Layout("shared", "layers.{layer}.ffn.shared_experts.w2.weight", "row col", _W1_W3),
+            Template("shared", "layers.{layer}.ffn.shared_experts.w2.weight", "row col", _W1_W3),
             _SHARED,
         ),
     ),
@@ -249,10 +252,10 @@ FAMILIES: tuple[Family, ...] = (
         _MODEL,
         (
             _DENSE,
-            Layout("dense", "layers.{layer}.block_sparse_moe.down_proj.weight", "row col", _GATED),
+            Template("dense", "layers.{layer}.block_sparse_moe.down_proj.weight", "row col", _GATED),
             _W2_EXPERTS,
             _STACKED,
-            Layout("shared", "layers.{layer}.block_sparse_moe.shared_experts.down_proj.weight", "row col", _GATED),
+            Template("shared", "layers.{layer}.block_sparse_moe.shared_experts.down_proj.weight", "row col", _GATED),
             _SHARED,
         ),
     ),
@@ -263,7 +266,7 @@ FAMILIES: tuple[Family, ...] = (
         (
             _EXPERTS,
             _STACKED,
-            Layout("shared", "layers.{layer}.mlp.shared_mlp.down_proj.weight", "row col", _GATED),
+            Template("shared", "layers.{layer}.mlp.shared_mlp.down_proj.weight", "row col", _GATED),
         ),
     ),
     # transformers has a class for Step-3.5 and 3.7 only. Step-3 has the same names: vLLM,
@@ -274,9 +277,9 @@ FAMILIES: tuple[Family, ...] = (
         _MODEL,
         (
             _DENSE,
-            Layout("routed", "layers.{layer}.moe.down_proj.weight", "expert row col", _GATED),
+            Template("routed", "layers.{layer}.moe.down_proj.weight", "expert row col", _GATED),
             _STACKED,
-            Layout("shared", "layers.{layer}.share_expert.down_proj.weight", "row col", _GATED),
+            Template("shared", "layers.{layer}.share_expert.down_proj.weight", "row col", _GATED),
             _SHARED,
         ),
     ),
@@ -290,9 +293,9 @@ FAMILIES: tuple[Family, ...] = (
         ("arctic",),
         _MODEL,
         (
-            Layout("dense", "layers.{layer}.block_sparse_moe.mlp.w2.weight", "row col", _W1_W3),
+            Template("dense", "layers.{layer}.block_sparse_moe.mlp.w2.weight", "row col", _W1_W3),
             _W2_EXPERTS,
-            Layout("shared", "layers.{layer}.residual_mlp.w2.weight", "row col", _W1_W3),
+            Template("shared", "layers.{layer}.residual_mlp.w2.weight", "row col", _W1_W3),
         ),
     ),
     # Several layers use one MLP, which is stored in the first of them. `linear` multiplies the output of the block.
@@ -301,7 +304,7 @@ FAMILIES: tuple[Family, ...] = (
         ("zamba",),
         _MODEL,
         (
-            Layout(
+            Template(
                 "dense",
                 "layers.{layer}.shared_transf.feed_forward.down_proj.weight",
                 "row col",
@@ -315,11 +318,11 @@ FAMILIES: tuple[Family, ...] = (
         ("zamba2",),
         _MODEL,
         (
-            Layout(
+            Template(
                 "dense",
                 "layers.{layer}.shared_transformer.feed_forward.down_proj.weight",
                 "row col",
-                InputLayout(("gate_up_proj",), "halves", "gate_up_proj_adapter_list"),
+                InputProjections(("gate_up_proj",), "halves", "gate_up_proj_adapter_list"),
                 direct=False,
             ),
         ),
@@ -328,21 +331,21 @@ FAMILIES: tuple[Family, ...] = (
         "RecurrentGemma",
         ("recurrent_gemma",),
         _MODEL,
-        (Layout("dense", "layers.{layer}.mlp_block.down_proj.weight", "row col", _GATED),),
+        (Template("dense", "layers.{layer}.mlp_block.down_proj.weight", "row col", _GATED),),
     ),
     # transformers 5.23, models/modernbert: the activation is applied to the first half of Wi, so that half is the gate.
     Family(
         "ModernBERT",
         ("modernbert", "modernbert-decoder"),
         _MODEL,
-        (Layout("dense", "layers.{layer}.mlp.Wo.weight", "row col", InputLayout(("Wi",), "halves")),),
+        (Template("dense", "layers.{layer}.mlp.Wo.weight", "row col", InputProjections(("Wi",), "halves")),),
     ),
     # The files of Phi-4-multimodal before transformers had a class: each matrix has the adapters of two modalities.
     Family(
         "Phi-4-multimodal with adapters",
         ("phi4mm",),
         _MODEL,
-        (Layout("dense", "layers.{layer}.mlp.down_proj.base_layer.weight", "row col", _FUSED),),
+        (Template("dense", "layers.{layer}.mlp.down_proj.base_layer.weight", "row col", _FUSED),),
     ),
     # No class in transformers. ChatGLM2, ChatGLM3 and GLM-4-9B have a gate: vLLM,
     # vllm/model_executor/models/chatglm.py (GLMMLP). The first ChatGLM-6B has other prefixes and no gate.
@@ -351,8 +354,11 @@ FAMILIES: tuple[Family, ...] = (
         ("chatglm",),
         ("transformer.encoder.", "encoder."),
         (
-            Layout(
-                "dense", "layers.{layer}.mlp.dense_4h_to_h.weight", "row col", InputLayout(("dense_h_to_4h",), "halves")
+            Template(
+                "dense",
+                "layers.{layer}.mlp.dense_4h_to_h.weight",
+                "row col",
+                InputProjections(("dense_h_to_4h",), "halves"),
             ),
         ),
     ),
@@ -363,10 +369,10 @@ FAMILIES: tuple[Family, ...] = (
         (GGUF_TYPE,),
         ("",),
         (
-            Layout("dense", "blk.{layer}.ffn_down.weight", "row col", None),
-            Layout("routed", "blk.{layer}.ffn_down_exps.weight", "expert row col", None),
-            Layout("routed", "blk.{layer}.ffn_down.{expert}.weight", "row col", None),
-            Layout("shared", "blk.{layer}.ffn_down_shexp.weight", "row col", None),
+            Template("dense", "blk.{layer}.ffn_down.weight", "row col", None),
+            Template("routed", "blk.{layer}.ffn_down_exps.weight", "expert row col", None),
+            Template("routed", "blk.{layer}.ffn_down.{expert}.weight", "row col", None),
+            Template("shared", "blk.{layer}.ffn_down_shexp.weight", "row col", None),
         ),
     ),
 )

@@ -15,7 +15,7 @@ Fusion: TypeAlias = Literal["apart", "halves", "alternating"]
 
 
 @dataclass(frozen=True)
-class InputLayout:
+class InputProjections:
     """The input projections of an MLP: the matrices whose products are the activations of its neurons.
 
     `names` are the names of the modules, which replace the name of the down projection's module: ("gate_proj",
@@ -34,14 +34,14 @@ class InputLayout:
 
 
 @dataclass(frozen=True)
-class Layout:
-    """One way to store a down projection and the input projections of the same MLP.
+class Template:
+    """One form in which a family stores down projections: their names, their axes, and the inputs of the same MLP.
 
     `name` is the name of the tensor without its prefix, such as "layers.{layer}.mlp.down_proj.weight" without "model.".
     `axes` names the axes of the tensor in order. `inputs` is None if nobody has compared the input projections with a
     running model; rows and columns are supported then, but not neurons and experts. `stored_only` is True if
-    transformers transposes the tensors while loading them, so that only files have this layout and no loaded model
-    does.
+    transformers transposes the tensors while loading them, so that only files store it in this way and no loaded
+    model does.
 
     `rows_key` is the key of config.json that states the number of rows, such as "moe_latent_size", if it can differ
     from the hidden size. `direct` is False if another matrix multiplies the output before it is added to the residual
@@ -51,7 +51,7 @@ class Layout:
     kind: ProjectionKind
     name: str
     axes: Axes
-    inputs: InputLayout | None
+    inputs: InputProjections | None
     stored_only: bool = False
     rows_key: str | None = None
     direct: bool = True
@@ -63,18 +63,18 @@ class Family:
 
     `trunks` are the prefixes of tensor names in a text-only model: one if the model has a language-modelling head
     ("model."), one if it has none (""). Nemotron-H has one more, because files and loaded models have different
-    prefixes. A mixture of experts has several layouts: one for each kind of layer, and one for each way to store the
-    experts.
+    prefixes. A mixture of experts has several templates: one for each kind of layer, and one for each way to store
+    the experts.
     """
 
     name: str
     model_types: tuple[str, ...]
     trunks: tuple[str, ...]
-    layouts: tuple[Layout, ...]
+    templates: tuple[Template, ...]
 
     @property
     def prefixes(self) -> tuple[str, ...]:
-        """All prefixes that may precede a layout's name in the full name of a tensor."""
+        """All prefixes that may precede a template's name in the full name of a tensor."""
         return list_prefixes(self.trunks)
 
 

@@ -28,7 +28,7 @@ def get_families(config: Mapping[str, Any]) -> tuple[Family, ...]:
     # The model type decides which tensors transformers transposes while loading. If the type is unknown, we assume that
     # transformers transposes no tensor.
     return tuple(
-        Family(f.name, f.model_types, f.trunks, tuple(layout for layout in f.layouts if not layout.stored_only))
+        Family(f.name, f.model_types, f.trunks, tuple(template for template in f.templates if not template.stored_only))
         for f in FAMILIES
     )
 

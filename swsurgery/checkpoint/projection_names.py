@@ -1,4 +1,4 @@
-"""Match names of tensors with the layouts of families, and explain why a down projection was not found.
+"""Match names of tensors with the templates of families, and explain why a down projection was not found.
 
 This module reads names and shapes only.
 """
@@ -11,7 +11,7 @@ from functools import cache
 from typing import Any, TypeAlias
 
 from swsurgery.checkpoint.architectures import ExpertChoice, Shapes
-from swsurgery.checkpoint.family import Family, Layout, ProjectionKind, list_prefixes
+from swsurgery.checkpoint.family import Family, ProjectionKind, Template, list_prefixes
 from swsurgery.checkpoint.model_config import read_layer_limit, read_model_type
 from swsurgery.checkpoint.quantised import PACKED_SUFFIXES
 from swsurgery.errors import ArchitectureError
@@ -19,8 +19,8 @@ from swsurgery.errors import ArchitectureError
 BY_NAME = "name the scalar by tensor and index instead"
 """The remedy in most error messages of this module."""
 
-Match: TypeAlias = tuple[Family, Layout, int, ExpertChoice]
-"""What a tensor's name says if it is the name of a down projection: the family, the layout, the layer and the expert.
+Match: TypeAlias = tuple[Family, Template, int, ExpertChoice]
+"""What a tensor's name says if it is the name of a down projection: the family, the template, the layer and the expert.
 The expert is None in a dense layer, and in a tensor that stacks all experts."""
 
 MAX_SOUGHT = 4
@@ -29,9 +29,9 @@ MAX_SOUGHT = 4
 
 @cache
 def _compile_pattern(trunks: tuple[str, ...], name: str) -> re.Pattern[str]:
-    """Compile the pattern of the full tensor names of a layout. Its groups "layer" and "expert" match the numbers.
+    """Compile the pattern of the full tensor names of a template. Its groups "layer" and "expert" match the numbers.
 
-    `name` is the layout's name, such as "layers.{layer}.mlp.down_proj.weight". `trunks` are the family's prefixes.
+    `name` is the template's name, such as "layers.{layer}.mlp.down_proj.weight". `trunks` are the family's prefixes.
     """
     prefix = "|".join(map(re.escape, list_prefixes(trunks)))
     # Numbers with leading zeros do not match, because `list_possible_names` builds names without them.
@@ -43,40 +43,42 @@ def _compile_pattern(trunks: tuple[str, ...], name: str) -> re.Pattern[str]:
 
 
 def list_matches(families: tuple[Family, ...], tensor: str) -> list[Match]:
-    """Return what a tensor's name says about the down projection, once for each layout that has such a name.
+    """Return what a tensor's name says about the down projection, once for each template that has such a name.
 
     The list is empty if the tensor is not a down projection.
     """
     found: list[Match] = []
     for family in families:
-        for layout in family.layouts:
-            match = _compile_pattern(family.trunks, layout.name).fullmatch(tensor)
+        for template in family.templates:
+            match = _compile_pattern(family.trunks, template.name).fullmatch(tensor)
             if match is None:
                 continue
             number = match.groupdict().get("expert")
-            expert: ExpertChoice = "shared" if layout.kind == "shared" else None if number is None else int(number)
-            found.append((family, layout, int(match["layer"]), expert))
+            expert: ExpertChoice = "shared" if template.kind == "shared" else None if number is None else int(number)
+            found.append((family, template, int(match["layer"]), expert))
     return found
 
 
-def list_possible_names(families: tuple[Family, ...], layer: int, expert: ExpertChoice) -> dict[str, list[Layout]]:
-    """Map every tensor name that the down projection of a layer or expert may have to the layouts with that name."""
+def list_possible_names(families: tuple[Family, ...], layer: int, expert: ExpertChoice) -> dict[str, list[Template]]:
+    """Map every tensor name that the down projection of a layer or expert may have to the templates with that name."""
     kind: ProjectionKind = "dense" if expert is None else "shared" if expert == "shared" else "routed"
-    names: dict[str, list[Layout]] = {}
+    names: dict[str, list[Template]] = {}
     for family in families:
-        for layout in family.layouts:
-            if layout.kind == kind:
-                tail = layout.name.format(layer=layer, expert=expert)
+        for template in family.templates:
+            if template.kind == kind:
+                tail = template.name.format(layer=layer, expert=expert)
                 for prefix in family.prefixes:
-                    names.setdefault(prefix + tail, []).append(layout)
+                    names.setdefault(prefix + tail, []).append(template)
     return names
 
 
 def list_stored_names(
     families: tuple[Family, ...], shapes: Shapes, layer: int, expert: ExpertChoice
-) -> dict[str, list[Layout]]:
-    """Return the names of `list_possible_names` under which a tensor is stored, with the layouts of each name."""
-    return {name: layouts for name, layouts in list_possible_names(families, layer, expert).items() if name in shapes}
+) -> dict[str, list[Template]]:
+    """Return the names of `list_possible_names` under which a tensor is stored, with the templates of each name."""
+    return {
+        name: templates for name, templates in list_possible_names(families, layer, expert).items() if name in shapes
+    }
 
 
 def refuse_packed(name: str, shapes: Shapes, what: str = "the down projection") -> None:
@@ -108,9 +110,9 @@ def _list_layer_numbers(families: tuple[Family, ...], shapes: Shapes) -> set[int
     Tensors named `NAME.weight.REST`, which quantisers add, do not count.
     """
     starts = {
-        (prefix + layout.name).split("{layer}")[0]
+        (prefix + template.name).split("{layer}")[0]
         for family in families
-        for layout in family.layouts
+        for template in family.templates
         for prefix in family.prefixes
     }
     pattern = re.compile(f"(?:{'|'.join(map(re.escape, sorted(starts)))})(0|[1-9][0-9]{{0,8}})\\.")
@@ -141,7 +143,9 @@ def explain_missing(
         return error
     sought = list(
         dict.fromkeys(
-            layout.name.format(layer=layer, expert=expert or 0) for family in families for layout in family.layouts
+            template.name.format(layer=layer, expert=expert or 0)
+            for family in families
+            for template in family.templates
         )
     )
     more = f" and {len(sought) - MAX_SOUGHT} other names" if len(sought) > MAX_SOUGHT else ""
@@ -181,8 +185,8 @@ def count_experts(families: tuple[Family, ...], shapes: Shapes, layer: int) -> i
     """Return the number of routed experts of a layer, whether they are stacked in one tensor or stored one by one."""
     count = 0
     while names := list_stored_names(families, shapes, layer, count):
-        for name, layouts in names.items():
-            if "expert" in layouts[0].axes:
+        for name, templates in names.items():
+            if "expert" in templates[0].axes:
                 return shapes[name][0] if shapes[name] else 0
         count += 1
     return count

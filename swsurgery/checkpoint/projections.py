@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from swsurgery.checkpoint.architectures import FAMILIES, ExpertChoice, Shapes
-from swsurgery.checkpoint.family import Axes, Family, InputLayout, Layout
+from swsurgery.checkpoint.family import Axes, Family, InputProjections, Template
 from swsurgery.checkpoint.model_config import (
     find_known_families,
     find_number,
@@ -113,8 +113,8 @@ def find_down_projection(
     if len(names) > 1:
         raise ArchitectureError(f"layer {layer} has several down projections", ", ".join(names), BY_NAME)
 
-    [(name, layouts)] = names.items()
-    axes = _find_orientation(config, name, shapes[name], layouts)
+    [(name, templates)] = names.items()
+    axes = _find_orientation(config, name, shapes[name], templates)
     sizes = dict(zip(axes.split(), shapes[name], strict=True))
     if "expert" in sizes and isinstance(expert, int) and not 0 <= expert < sizes["expert"]:
         raise make_expert_error(layer, expert, f"0 to {sizes['expert'] - 1}")
@@ -131,10 +131,10 @@ def list_down_projections(config: Mapping[str, Any], shapes: Shapes) -> Iterator
     limit = read_layer_limit(config)
     found: set[tuple[int, ExpertChoice]] = set()
     for tensor in shapes:
-        for _, layout, layer, expert in list_matches(families, tensor):
+        for _, template, layer, expert in list_matches(families, tensor):
             if limit is not None and layer >= limit:
                 continue
-            if "expert" in layout.axes:
+            if "expert" in template.axes:
                 shape = shapes[tensor]
                 # The header of an empty tensor may state any number of experts, so it counts as zero experts.
                 found.update((layer, number) for number in range(shape[0] if shape and all(shape) else 0))
@@ -155,10 +155,10 @@ def find_short_form(
     shape = shapes.get(coordinate.tensor, ())
     if not is_valid_index(coordinate.index, shape):
         return None
-    for _, layout, layer, named_expert in list_matches(get_families(config), coordinate.tensor):
-        if len(layout.axes.split()) != len(coordinate.index):
+    for _, template, layer, named_expert in list_matches(get_families(config), coordinate.tensor):
+        if len(template.axes.split()) != len(coordinate.index):
             continue
-        expert = coordinate.index[0] if "expert" in layout.axes else named_expert
+        expert = coordinate.index[0] if "expert" in template.axes else named_expert
         try:
             projection = find_down_projection(config, shapes, layer, expert)
         except ArchitectureError:
@@ -185,19 +185,20 @@ def list_loaded_candidates(
     families = get_families(config)
     tensor, index = coordinate
     matches = _list_loaded_matches(config, families, coordinate, shapes)
-    transposed = [layout.stored_only for _, layout, _, _ in matches]
+    transposed = [template.stored_only for _, template, _, _ in matches]
     if any(transposed) and not all(transposed):
         what = "the name of the tensor does not tell whether it is stored as [row, col] or [col, row]"
         raise ArchitectureError(what, tensor, "give the stored shapes")
 
     # A tensor that is transposed while loading keeps its name, but the stored index would name another scalar of it.
     candidates = [] if any(transposed) else [coordinate]
-    for family, layout, layer, named_expert in matches:
-        row, col, expert = _decode(layout.axes, index, named_expert)
+    for family, template, layer, named_expert in matches:
+        row, col, expert = _decode(template.axes, index, named_expert)
         candidates += [
             Coordinate(prefix + target.name.format(layer=layer, expert=expert), _encode(target.axes, row, col, expert))
-            for target in sorted(family.layouts, key=lambda target: target != layout)  # the stored layout first
-            if target.kind == layout.kind and not target.stored_only
+            # The template of the stored tensor is the first.
+            for target in sorted(family.templates, key=lambda target: target != template)
+            if target.kind == template.kind and not target.stored_only
             for prefix in family.prefixes
         ]
     if not matches:  # no down projection
@@ -211,18 +212,18 @@ def list_loaded_candidates(
 def _list_loaded_matches(
     config: Mapping[str, Any], families: tuple[Family, ...], coordinate: Coordinate, shapes: Shapes | None
 ) -> list[Match]:
-    """Return the layouts that agree with the length of a coordinate's index and with the stored shape of its tensor.
+    """Return the templates that agree with the length of a coordinate's index and with the stored shape of its tensor.
 
-    Raises ArchitectureError if the shape agrees with no layout, or with several layouts of a known family.
+    Raises ArchitectureError if the shape agrees with no template, or with several templates of a known family.
     """
     tensor, index = coordinate
     matches = [m for m in list_matches(families, tensor) if len(m[1].axes.split()) == len(index)]
     if shapes is None or tensor not in shapes or not matches:
         return matches
-    layouts = [layout for _, layout, _, _ in matches]
-    if not find_known_families(config) and len(_list_fitting_axes(config, shapes[tensor], layouts)) > 1:
+    templates = [template for _, template, _, _ in matches]
+    if not find_known_families(config) and len(_list_fitting_axes(config, shapes[tensor], templates)) > 1:
         return []  # of an unknown family, transformers is assumed to load every tensor in its stored orientation
-    axes = _find_orientation(config, tensor, shapes[tensor], layouts)
+    axes = _find_orientation(config, tensor, shapes[tensor], templates)
     return [m for m in matches if m[1].axes == axes]
 
 
@@ -237,31 +238,32 @@ def has_residual_rows(config: Mapping[str, Any], projection: DownProjection) -> 
     The rows are other channels if another matrix multiplies the output of the MLP, as in Zamba, or of the experts, as
     in a Nemotron 3 with a latent space.
     """
-    layouts = list_layouts(config, projection)
-    return all(layout.direct for layout in layouts) and _read_row_count(config, layouts) == read_hidden_size(config)
+    templates = list_templates(config, projection)
+    direct = all(template.direct for template in templates)
+    return direct and _read_row_count(config, templates) == read_hidden_size(config)
 
 
-def list_layouts(config: Mapping[str, Any], projection: DownProjection) -> tuple[Layout, ...]:
-    """List the layouts that a down projection may have: one kind of MLP for a known family, several for others."""
+def list_templates(config: Mapping[str, Any], projection: DownProjection) -> tuple[Template, ...]:
+    """List the templates that a down projection may have: one kind of MLP for a known family, several for others."""
     matches = list_matches(get_families(config), projection.tensor)
     known = find_known_families(config)
-    return tuple(layout for _, layout, _, _ in matches if not known or layout.axes == projection.axes)
+    return tuple(template for _, template, _, _ in matches if not known or template.axes == projection.axes)
 
 
-def list_input_layouts(config: Mapping[str, Any], projection: DownProjection) -> list[InputLayout]:
+def list_input_projections(config: Mapping[str, Any], projection: DownProjection) -> list[InputProjections]:
     """List the ways in which the input projections of an MLP may be stored, the most likely first.
 
-    The layouts of the model's own family come first. Those of other families follow, if the down projection's module
-    has the same name there: some checkpoints store the experts or the gate in another way than their family does. Each
-    set of names occurs once.
+    Those of the model's own family come first. Those of other families follow, if the down projection's module has the
+    same name there: some checkpoints store the experts or the gate in another way than their family does. Each set of
+    names occurs once.
     """
     module = _get_module_name(projection.tensor)
-    everything = (layout for family in FAMILIES for layout in family.layouts)
-    others = (layout for layout in everything if _get_module_name(layout.name) == module)
-    found: dict[tuple[str, ...], InputLayout] = {}
-    for layout in (*list_layouts(config, projection), *others):
-        if layout.inputs is not None:
-            found.setdefault(layout.inputs.names, layout.inputs)
+    everything = (template for family in FAMILIES for template in family.templates)
+    others = (template for template in everything if _get_module_name(template.name) == module)
+    found: dict[tuple[str, ...], InputProjections] = {}
+    for template in (*list_templates(config, projection), *others):
+        if template.inputs is not None:
+            found.setdefault(template.inputs.names, template.inputs)
     return list(found.values())
 
 
@@ -295,50 +297,51 @@ def _decode(axes: str, index: tuple[int, ...], expert: ExpertChoice) -> tuple[in
     return values["row"], values["col"], values.get("expert", expert)
 
 
-def _list_possible_axes(config: Mapping[str, Any], layouts: list[Layout]) -> set[Axes]:
-    """Return the orders of axes that a tensor may have if its name fits these layouts.
+def _list_possible_axes(config: Mapping[str, Any], templates: list[Template]) -> set[Axes]:
+    """Return the orders of axes that a tensor may have if its name fits these templates.
 
     If the family is unknown, these are the orders in which known families store tensors with the same last part of the
     name. For example, known families store `experts.down_proj` in both orientations. Quantisers put a linear layer in
     the place of the Conv1D of GPT-2, so its matrices may be stored as [row, col] after quantisation.
     """
-    axes = {layout.axes for layout in layouts}
+    axes = {template.axes for template in templates}
     if "col row" in axes and config.get("quantization_config"):
         axes.add("row col")
     if find_known_families(config):
         return axes
-    tails = {_split_tail(layout) for layout in layouts}
-    return axes | {layout.axes for family in FAMILIES for layout in family.layouts if _split_tail(layout) in tails}
+    tails = {_split_tail(template) for template in templates}
+    everything = (template for family in FAMILIES for template in family.templates)
+    return axes | {template.axes for template in everything if _split_tail(template) in tails}
 
 
-def _split_tail(layout: Layout) -> tuple[str, int]:
-    """Return the last part of a layout's name and the number of its axes, such as ("down_proj.weight", 2)."""
-    parts = layout.name.split(".")
-    return ".".join(parts[-2:] if parts[-1] == "weight" else parts[-1:]), len(layout.axes.split())
+def _split_tail(template: Template) -> tuple[str, int]:
+    """Return the last part of a template's name and the number of its axes, such as ("down_proj.weight", 2)."""
+    parts = template.name.split(".")
+    return ".".join(parts[-2:] if parts[-1] == "weight" else parts[-1:]), len(template.axes.split())
 
 
-def _read_row_count(config: Mapping[str, Any], layouts: Sequence[Layout]) -> int | None:
+def _read_row_count(config: Mapping[str, Any], templates: Sequence[Template]) -> int | None:
     """Return the number of rows that config.json states for a down projection; None if it states none."""
-    stated = (find_number(config, layout.rows_key) for layout in layouts if layout.rows_key)
+    stated = (find_number(config, template.rows_key) for template in templates if template.rows_key)
     return next((rows for rows in stated if rows is not None), None) or read_hidden_size(config)
 
 
-def _list_fitting_axes(config: Mapping[str, Any], shape: tuple[int, ...], layouts: list[Layout]) -> set[Axes]:
+def _list_fitting_axes(config: Mapping[str, Any], shape: tuple[int, ...], templates: list[Template]) -> set[Axes]:
     """Return the possible orders of a tensor's axes that agree with its shape and the row count in config.json."""
-    hidden = _read_row_count(config, layouts)
+    hidden = _read_row_count(config, templates)
     return {
         axes
-        for axes in _list_possible_axes(config, layouts)
+        for axes in _list_possible_axes(config, templates)
         if len(axes.split()) == len(shape) and hidden in (None, dict(zip(axes.split(), shape, strict=True))["row"])
     }
 
 
-def _find_orientation(config: Mapping[str, Any], name: str, shape: tuple[int, ...], layouts: list[Layout]) -> Axes:
+def _find_orientation(config: Mapping[str, Any], name: str, shape: tuple[int, ...], templates: list[Template]) -> Axes:
     """Return the order of a tensor's axes that fits its shape. Raises ArchitectureError if no order or several fit."""
-    hidden = _read_row_count(config, layouts)
-    fitting = _list_fitting_axes(config, shape, layouts)
+    hidden = _read_row_count(config, templates)
+    fitting = _list_fitting_axes(config, shape, templates)
     if not fitting:
-        possible = sorted(_list_possible_axes(config, layouts))
+        possible = sorted(_list_possible_axes(config, templates))
         wanted = " or ".join(f"[{axes.replace(' ', ', ')}]" for axes in possible)
         rows = "" if hidden is None else f" with {hidden} rows"
         what = f"the down projection has shape {list(shape)}, but {wanted}{rows} is expected"

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from swsurgery.checkpoint.architectures import ExpertChoice, Shapes
-from swsurgery.checkpoint.family import InputLayout
+from swsurgery.checkpoint.family import InputProjections
 from swsurgery.checkpoint.model_config import find_known_families, read_model_type
 from swsurgery.checkpoint.projection_names import refuse_otherwise_stored, refuse_packed
-from swsurgery.checkpoint.projections import DownProjection, find_down_projection, list_layouts
+from swsurgery.checkpoint.projections import DownProjection, find_down_projection, list_templates
 from swsurgery.errors import ArchitectureError
 from swsurgery.storage.region import Region
 
@@ -113,7 +113,9 @@ def locate_expert(
 # Tensors of an MLP --------------------------------------------------------------------------------------------------
 
 
-def _find_inputs(config: Mapping[str, Any], projection: DownProjection, shapes: Shapes, *, whole: bool) -> InputLayout:
+def _find_inputs(
+    config: Mapping[str, Any], projection: DownProjection, shapes: Shapes, *, whole: bool
+) -> InputProjections:
     """Return how the MLP of a down projection stores its input projections.
 
     In an unknown family, only the names of a gate and an up projection that are separate tensors are unambiguous. If
@@ -121,7 +123,7 @@ def _find_inputs(config: Mapping[str, Any], projection: DownProjection, shapes: 
     gate is unknown.
     """
     families = find_known_families(config)
-    found = [layout.inputs for layout in list_layouts(config, projection) if layout.inputs is not None]
+    found = [template.inputs for template in list_templates(config, projection) if template.inputs is not None]
     if not families:
         stored = [inputs for inputs in found if all(name_sibling(projection, n) in shapes for n in inputs.names)]
         found = [inputs for inputs in stored if len(inputs.names) == 2 or (whole and inputs.fusion != "apart")]
@@ -139,7 +141,7 @@ def _read_down(projection: DownProjection, shapes: Shapes) -> _Stored:
     return _Stored(projection.tensor, tuple(projection.axes.split()), shapes[projection.tensor])
 
 
-def _list_input_tensors(projection: DownProjection, inputs: InputLayout, shapes: Shapes) -> Iterator[_Stored]:
+def _list_input_tensors(projection: DownProjection, inputs: InputProjections, shapes: Shapes) -> Iterator[_Stored]:
     """Yield the tensors of the input projections, and after each its bias if it is stored.
 
     Raises ArchitectureError if a matrix is packed or missing, or a shape does not fit that of the down projection.
@@ -213,7 +215,7 @@ def name_sibling(projection: DownProjection, module: str) -> str:
 # Refusals -----------------------------------------------------------------------------------------------------------
 
 
-def _refuse_other_matrices(projection: DownProjection, inputs: InputLayout, shapes: Shapes) -> None:
+def _refuse_other_matrices(projection: DownProjection, inputs: InputProjections, shapes: Shapes) -> None:
     """Raise ArchitectureError if the MLP stores another matrix with one row or column per neuron.
 
     Example: MPT with a gated MLP, which transformers does not support, stores the gate as `ffn.gate`.

@@ -28,9 +28,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from swsurgery.checkpoint.checkpoint import Checkpoint
-from swsurgery.checkpoint.family import InputLayout
+from swsurgery.checkpoint.family import InputProjections
 from swsurgery.checkpoint.model_config import list_sections
-from swsurgery.checkpoint.projections import DownProjection, list_down_projections, list_input_layouts, list_layouts
+from swsurgery.checkpoint.projections import (
+    DownProjection,
+    list_down_projections,
+    list_input_projections,
+    list_templates,
+)
 from swsurgery.checkpoint.structures import name_sibling
 from swsurgery.errors import ArchitectureError
 from swsurgery.progress import Progress, Silent
@@ -242,10 +247,10 @@ class _Names:
             self._gains[key] = self._read_gain_before(projection) ** 2, self._read_gain_behind(projection)
         return Mlp(neurons, 1 if projection.transposed else 0, *sides, down, *self._gains[key])
 
-    def _find_inputs(self, projection: DownProjection) -> tuple[InputLayout, list[str]]:
+    def _find_inputs(self, projection: DownProjection) -> tuple[InputProjections, list[str]]:
         """Find how the input matrices of an MLP are stored, and the names of their tensors."""
         sought = []
-        for inputs in list_input_layouts(self.checkpoint.config, projection):
+        for inputs in list_input_projections(self.checkpoint.config, projection):
             names = [name_sibling(projection, name) for name in inputs.names]
             if all(name in self.shapes for name in names):
                 return inputs, names
@@ -267,7 +272,7 @@ class _Names:
         if ARCTIC_RESIDUAL in projection.tensor:
             norms = ("residual_layernorm",)
         stored = [name for name in norms if f"{layer}.{name}.weight" in self.shapes]
-        latent = any(layout.rows_key for layout in list_layouts(self.checkpoint.config, projection))
+        latent = any(template.rows_key for template in list_templates(self.checkpoint.config, projection))
         if latent and stored and self.shapes[f"{layer}.{stored[0]}.weight"] != (projection.rows,):
             stored = []  # a matrix between the norm and the experts changes the channels
         if not stored or (f"{layer}.{NO_PRE_NORM}.weight" in self.shapes and stored[0] not in PRE_NORMS):

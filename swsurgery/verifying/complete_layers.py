@@ -16,7 +16,7 @@ from typing import TypeVar
 
 from swsurgery.checkpoint.damage import find_gaps
 from swsurgery.checkpoint.declared import Declared
-from swsurgery.checkpoint.family import Layout, ProjectionKind
+from swsurgery.checkpoint.family import ProjectionKind, Template
 from swsurgery.checkpoint.model_config import find_known_families
 from swsurgery.checkpoint.weight_files import MAX_LISTED
 from swsurgery.errors import list_some, pluralise
@@ -181,8 +181,8 @@ Matrices = tuple[str, ...]
 
 def _list_groups(config: Mapping[str, object]) -> dict[Matrices, ProjectionKind]:
     """Return the MLPs that the layers of the model's family may have, with their kinds; {} for an unknown family."""
-    layouts = [layout for family in find_known_families(config) for layout in family.layouts]
-    return {_list_matrices(layout): layout.kind for layout in layouts if layout.inputs is not None}
+    templates = [template for family in find_known_families(config) for template in family.templates]
+    return {_list_matrices(template): template.kind for template in templates if template.inputs is not None}
 
 
 def _list_absent_mlps(
@@ -210,11 +210,11 @@ def _list_absent_in_mlps(
             yield number, tuple(p for p in best if p not in layer)
 
 
-def _list_matrices(layout: Layout) -> Matrices:
-    """Return the patterns of the down projection and the input projections of one layout."""
-    down = layout.name.partition("{layer}.")[2].replace("{expert}", "*")
+def _list_matrices(template: Template) -> Matrices:
+    """Return the patterns of the down projection and the input projections of one template."""
+    down = template.name.partition("{layer}.")[2].replace("{expert}", "*")
     module, _, weight = down.removesuffix(".weight").rpartition(".")
-    names = layout.inputs.names if layout.inputs else ()
+    names = template.inputs.names if template.inputs else ()
     ending = ".weight" if down.endswith(".weight") else ""
     return (down, *(f"{module}.{name}{ending}" if module else f"{name}{ending}" for name in names))
 

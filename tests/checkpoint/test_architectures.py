@@ -413,7 +413,7 @@ def test_a_square_matrix_is_read_where_only_one_order_is_known(model_type, name,
 
 @st.composite
 def places(draw):
-    """A model of one of several layouts, larger than any tiny one, and a random place in it."""
+    """A model of one of several templates, larger than any tiny one, and a random place in it."""
     layers, rows, cols, count = (draw(st.integers(1, top)) for top in (40, 50, 70, 12))
     kind = draw(st.sampled_from(["llama", "gpt2", "mixtral", "deepseek_v3", "gpt_oss", "llava"]))
     name = {

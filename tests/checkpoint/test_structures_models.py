@@ -19,8 +19,8 @@ from swsurgery.checkpoint.architectures import FAMILIES
 from swsurgery.checkpoint.projections import (
     DownProjection,
     list_down_projections,
-    list_layouts,
     list_loaded_candidates,
+    list_templates,
     locate,
 )
 from swsurgery.checkpoint.structures import locate_column, locate_expert, locate_neuron, locate_row
@@ -37,7 +37,7 @@ BIASED = {  # options that store biases of the MLP where the family has none by 
     "opt": {"enable_bias": False},
 }
 SAME = ("hunyuan_v1_dense", "phi4_multimodal", "qwen2_5_omni_thinker")
-"""Models whose only layout is that of another model of `VARIANTS`."""
+"""Models whose only template is that of another model of `VARIANTS`."""
 # EXAONE-4 is in no family; the names of its tensors are those of Llama.
 CASES = [
     *(variant for variant in VARIANTS if variant[0] not in SAME),
@@ -112,18 +112,18 @@ def count_used(shapes, regions: list[Region]) -> dict[str, np.ndarray]:
     return used
 
 
-def test_every_layout_of_the_table_is_stored_by_one_of_the_models(tmp_path):
+def test_every_template_of_the_table_is_stored_by_one_of_the_models(tmp_path):
     stored = set()
     for name, variant in VARIANTS:
         folder = tmp_path / f"{name} {variant}"
         write_variant(name, variant, folder)
         config, shapes = tiny_models.read(folder)
         for projection in list_down_projections(config, shapes):
-            stored.update(list_layouts(config, projection))
+            stored.update(list_templates(config, projection))
     # No class of transformers stores these; test_structures.py has their published names.
     published = ("residual_mlp.w2", "block_sparse_moe.mlp.w2", "base_layer", "layers.{layer}.mlp.dense_4h_to_h")
-    layouts = {layout for family in FAMILIES for layout in family.layouts if layout.inputs} - stored
-    assert not [layout for layout in layouts if not any(name in layout.name for name in published)]
+    templates = {template for family in FAMILIES for template in family.templates if template.inputs} - stored
+    assert not [template for template in templates if not any(name in template.name for name in published)]
 
 
 @pytest.mark.parametrize(("name", "variant"), CASES)

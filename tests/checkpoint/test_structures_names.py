@@ -379,7 +379,7 @@ def test_scales_beside_fp8_matrices_are_not_part_of_a_neuron():
 
 def test_a_layout_without_inputs_has_rows_but_no_neurons(monkeypatch):
     [llama] = [family for family in FAMILIES if family.name == "Llama"]
-    bare = replace(llama, layouts=tuple(replace(layout, inputs=None) for layout in llama.layouts))
+    bare = replace(llama, templates=tuple(replace(template, inputs=None) for template in llama.templates))
     for module in (model_config, projections):
         monkeypatch.setattr(module, "FAMILIES", (bare,))
     assert str(locate_row(*LLAMA, 1, 3)).endswith("[3, 0:24]")

@@ -52,7 +52,7 @@ UNREAD = tuple(UnreadLayer(layer, (0, 1, 2, 3), expert_tensors(layer)) for layer
 def jamba(monkeypatch: pytest.MonkeyPatch) -> PreTrainedModel:
     """Dense MLPs with known names in layers 0, 2 and 4, experts without in 1, 3 and 5: Jamba without its experts."""
     [known] = [family for family in FAMILIES if family.name == "Jamba"]
-    dense = replace(known, layouts=tuple(layout for layout in known.layouts if layout.kind == "dense"))
+    dense = replace(known, templates=tuple(template for template in known.templates if template.kind == "dense"))
     for module in (model_config, projections):
         monkeypatch.setattr(module, "FAMILIES", (dense,))
     return planted.build("jamba", **JAMBA)
