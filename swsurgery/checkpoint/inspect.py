@@ -120,13 +120,22 @@ def _add_steps(checkpoint: Checkpoint) -> Checkpoint:
         return replace(checkpoint, notes=(*checkpoint.notes, note))
 
 
+def _find_similar(tensor: str, names: Sequence[str]) -> str | None:
+    """Return the most similar name; None if no name is similar. `tensor` may be only the end of a name."""
+    if near := difflib.get_close_matches(tensor, names, 1, 0.8):
+        return near[0]
+    ends = {".".join(name.split(".")[-1 - tensor.count(".") :]): name for name in reversed(names)}
+    near = difflib.get_close_matches(tensor, list(ends), 1, 0.8)
+    return ends[near[0]] if near else None
+
+
 def _describe(checkpoint: Checkpoint, tensor: str, index: tuple[int, ...] | None) -> dict[str, object]:
     """Return the fields of `Details` for a tensor, or for its scalar at `index`. Raises CheckpointError."""
     if _is_packed(checkpoint, tensor, index):
         return _describe_packed(checkpoint, tensor, index)
     if tensor not in checkpoint.weight_map or tensor in checkpoint.disagreements:
-        near = difflib.get_close_matches(tensor, list(checkpoint.weight_map)[:500], 1, 0.8)
-        hint = f"did you mean {near[0]}?" if near else "swsurgery inspect lists them"
+        near = _find_similar(tensor, list(checkpoint.weight_map)[:500])
+        hint = f"did you mean {near}?" if near else "swsurgery inspect lists them"
         raise CheckpointError("no such tensor", tensor, hint)
     info, file = checkpoint.get_info(tensor), checkpoint.weight_map[tensor]
     found: dict[str, object] = {"tensor": tensor, "file": file, "dtype": info.dtype.name, "shape": list(info.shape)}

@@ -87,9 +87,9 @@ def refuse_packed(name: str, shapes: Shapes, what: str = "the down projection") 
         packed = name.removesuffix(".weight") + suffix
         if packed in shapes:
             raise ArchitectureError(
-                f"{what} is packed, so no single scalar of it can be edited",
+                f"{what} is packed, so its scalars are not stored one by one",
                 packed,
-                "edit the checkpoint before it is quantised",
+                "use the checkpoint before quantisation",
             )
 
 
@@ -100,8 +100,8 @@ def refuse_otherwise_stored(name: str, shapes: Shapes, what: str = "the down pro
     module = name.removesuffix("weight")
     stored = sorted(t for t in shapes if t.startswith(module) and t != f"{module}bias")
     if stored:
-        how = f"{what} is quantised or stored in parts, so no single scalar of it can be edited"
-        raise ArchitectureError(how, stored[0], "edit the checkpoint before it is quantised")
+        how = f"{what} is quantised or stored in parts, so its scalars are not stored one by one"
+        raise ArchitectureError(how, stored[0], "use the checkpoint before quantisation")
 
 
 def _list_layer_numbers(families: tuple[Family, ...], shapes: Shapes) -> set[int]:

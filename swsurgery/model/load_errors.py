@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError
 from transformers import PreTrainedConfig
 
 from swsurgery.checkpoint.checkpoint import Checkpoint
-from swsurgery.errors import Unrunnable
+from swsurgery.errors import ModelError, Unrunnable
 from swsurgery.hub import get_config_error
 from swsurgery.model.refusals import make_missing_error
 from swsurgery.model.transformers_private import LoadingInfo, has_quantiser
@@ -37,6 +39,18 @@ def make_load_error(error: Exception, directory: Path) -> Unrunnable:
         directory,
         "repair its config.json, or upgrade transformers",
     )
+
+
+def make_option_error(error: Exception, options: Mapping[str, object]) -> ModelError | None:
+    """Make the error for options that transformers refuses; None if the exception does not name one of `options`."""
+    text = get_first_line(error)
+    named = [name for name in options if re.search(rf"\b{re.escape(name)}\b", text)]
+    if not named:
+        return None
+    if "unexpected keyword argument" in text:
+        remedy = "give device_map" if named == ["device"] else "see from_pretrained of transformers"
+        return ModelError("transformers does not know this argument of load_patched", named[0], remedy)
+    return ModelError(f"transformers refuses an argument of load_patched: {text}", ", ".join(named), "change it")
 
 
 def refuse_codes(checkpoint: Checkpoint, config: PreTrainedConfig) -> None:

@@ -17,7 +17,13 @@ from transformers import PreTrainedModel as PreTrainedModel
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.errors import ModelError, add_remedy
 from swsurgery.model.load import cast_module, get_auto_class, hide_output
-from swsurgery.model.load_errors import LOADING_ERRORS, make_load_error, refuse_codes, refuse_invented
+from swsurgery.model.load_errors import (
+    LOADING_ERRORS,
+    make_load_error,
+    make_option_error,
+    refuse_codes,
+    refuse_invented,
+)
 from swsurgery.model.other_tensors import find_changed_by_loader, replace_parameters
 from swsurgery.model.places import Places, find_decoder_layers
 from swsurgery.model.torch_dtypes import TORCH_DTYPES
@@ -53,15 +59,18 @@ def load(
             config = options.get("config") or AutoConfig.from_pretrained(
                 root, local_files_only=True, trust_remote_code=False
             )
-            if "quantization_config" not in options:
+            if options.get("quantization_config") is None:
                 refuse_codes(checkpoint, config)
+            elif getattr(config, "quantization_config", None) is None:
+                what = "a model that is quantised while it is loaded cannot be edited"
+                raise ModelError(what, root, "write the patched checkpoint with apply, and quantise that")
             model, info = get_auto_class(config).from_pretrained(
                 root,
                 trust_remote_code=False,
                 **{**options, **fixed, "config": config, "output_loading_info": True, "ignore_mismatched_sizes": True},
             )
     except LOADING_ERRORS as error:
-        raise make_load_error(error, root) from error
+        raise make_option_error(error, options) or make_load_error(error, root) from error
     refuse_invented(info, checkpoint)
     checkpoint.refuse_changed()  # transformers opens files by path, so they may have been replaced
     layers = find_decoder_layers(model)

@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING
 
 from swsurgery.checkpoint.opening import open_for_reading
 from swsurgery.checkpoint.weight_files import Weights
-from swsurgery.errors import AmbiguousWeights, CheckpointError
+from swsurgery.errors import AmbiguousWeights, CheckpointError, Fault
 from swsurgery.progress import Progress, Reporter, require_reporter
 from swsurgery.storage.arguments import require_location, require_number, require_path
+from swsurgery.storage.folder import Folder
 from swsurgery.verifying.checks import run_checks
 from swsurgery.verifying.findings import Finding
 from swsurgery.verifying.question import Question
@@ -100,6 +101,16 @@ def verify(
         return _prove(read_references(root, question, bases), reporter).report(str(checkpoint))
 
 
+def _locate_damage(fault: Fault, references: References) -> Finding:
+    """Make a finding of an error about the files. If the error names a file of the checkpoint, the finding does too."""
+    root = references.root
+    if not isinstance(root, Folder):
+        return Finding("structure", fault)
+    line = Fault.parse(fault)
+    what, _, name = str(Fault(line.what, line.where)).rpartition(f": {root.path}/")
+    return Finding("structure", Fault(what, remedy=line.remedy), name) if what else Finding("structure", fault)
+
+
 def _prove(references: References, progress: Progress) -> Proof:
     """Open the checkpoint and check it. Files that are missing or damaged are findings, and end the checks."""
     patched, manifest, strict = references.patched, references.loaded, references.question.strict
@@ -108,7 +119,7 @@ def _prove(references: References, progress: Progress) -> Proof:
     except CheckpointError as error:
         if patched is None and (isinstance(error, AmbiguousWeights) or not references.has_shards):
             raise
-        faults = tuple(Finding("structure", fault) for fault in error.faults)
+        faults = tuple(_locate_damage(fault, references) for fault in error.faults)
         return Proof(faults, ("structure",), manifest=manifest, strict=strict)
     if completeness is not None and completeness.damaged:
         found = completeness.findings

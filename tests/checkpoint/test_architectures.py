@@ -732,7 +732,7 @@ def test_refusals(model, place, message):
 )
 def test_a_packed_down_projection_is_refused_by_name(model_type, tensors, expert, packed):
     config, shapes = table(model_type, *(f"model.layers.{{layer}}.{tensor}" for tensor in tensors), shape=(192, 1))
-    message = rf"is packed, so no single scalar of it can be edited: model\.layers\.1\.{re.escape(packed)} \("
+    message = rf"is packed, so its scalars are not stored one by one: model\.layers\.1\.{re.escape(packed)} \("
     with pytest.raises(ArchitectureError, match=message):
         locate(config, shapes, layer=1, row=0, col=0, expert=expert)
     with pytest.raises(ArchitectureError, match="is packed"):

@@ -86,8 +86,8 @@ def test_nor_is_one_that_is_stored_in_parts(tmp_path):
     with pytest.raises(ArchitectureError) as caught:
         locate(CONFIG, shapes, layer=1, row=1, col=2)
     assert str(caught.value) == (
-        f"the down projection is quantised or stored in parts, so no single scalar of it can be edited: {LAYER}"
-        "down_proj.weight_plane.0 (edit the checkpoint before it is quantised)"
+        f"the down projection is quantised or stored in parts, so its scalars are not stored one by one: {LAYER}"
+        "down_proj.weight_plane.0 (use the checkpoint before quantisation)"
     )
 
 

@@ -45,6 +45,10 @@ HEAD = "version: 1\nbase: {path: nothere}\nedits:\n"
             "(give the directory that contains the file: base)",
         ),
         (["lookup", "zzz"], "no such known model: zzz (no known name is similar; swsurgery lookup lists all names)"),
+        (
+            ["inspect", "base", "--tensor", "mlp.down_proj.weigt"],
+            f"no such tensor: mlp.down_proj.weigt (did you mean {DOWN}?)",
+        ),
         (["inspect", "base", "--tensor", DOWN[:-1]], f"no such tensor: {DOWN[:-1]} (did you mean {DOWN}?)"),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",
@@ -68,6 +72,16 @@ def test_a_directory_without_a_record_is_not_only_an_unknown_name(tmp_path, monk
     assert (
         "; the directory of this name has no record, swsurgery scan finds its super weights)" in capsys.readouterr().err
     )
+
+
+def test_a_missing_shard_is_a_finding_of_its_file(tmp_path, monkeypatch, capsys):
+    write_patched(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "patched/model-00002-of-00002.safetensors").unlink()
+    assert main(["verify", "patched", "--format", "github"]) == 1
+    shard = "model-00002-of-00002.safetensors"
+    said = f"{shard}: missing shard (complete the download)"
+    assert capsys.readouterr().out == (f"::error file=patched/{shard},title=swsurgery verify%3A structure::{said}\n")
 
 
 def test_a_public_and_a_private_key_are_told_apart(tmp_path, monkeypatch, capsys):

@@ -274,6 +274,28 @@ def test_a_model_that_transformers_cannot_load_is_one_line(tmp_path):
     assert len(dict(swsurgery.patched_state_dict(manifest, base))) == 1
 
 
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (
+            {"device": "cpu"},
+            "transformers does not know this argument of load_patched: device (give device_map)",
+        ),
+        ({"wrong": 1}, "transformers does not know this argument of load_patched: wrong (see from_pretrained of"),
+        ({"dtype": "float17"}, "transformers refuses an argument of load_patched: .*: dtype (change it)"),
+        (
+            {"quantization_config": {"load_in_4bit": True}},
+            "a model that is quantised while it is loaded cannot be edited: .* (write the patched checkpoint with",
+        ),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_an_argument_that_cannot_be_used_is_named(llama, options, line):
+    with pytest.raises(ModelError, match=line.replace("(", r"\(").replace(")", r"\)")) as caught:
+        swsurgery.load_patched(llama / "m.json", llama / "base", **options)
+    assert len(str(caught.value).splitlines()) == 1 and "config.json" not in str(caught.value)
+
+
 def test_weights_that_would_be_made_up_are_refused(tmp_path):
     base = write_llama(tmp_path / "base")
     manifest = write_manifest(tmp_path / "m.json", base, {"op": "zero", "layer": 0, "row": 0, "col": 0})
