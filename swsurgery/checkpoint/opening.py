@@ -203,7 +203,7 @@ def _read(
     """Find the weights among the files of a listing, and read the index, the headers of the shards and config.json."""
     names = _check_choice(listing, weights, variant)
     if gguf and has_only_gguf(names):
-        return _read_gguf(listing, names)
+        return _read_gguf(listing, names, elsewhere)
     chosen = find_weights(listing.root, names, weights, variant, elsewhere)
     shards = _read_shards([names[name] for name in chosen.shards if name in names], listing.root)
     return _build(listing, names, chosen, shards, compare_size=not elsewhere)
@@ -252,16 +252,17 @@ def _build(
     )
 
 
-def _read_gguf(listing: _Listing, names: Mapping[str, BaseFile]) -> Checkpoint:
+def _read_gguf(listing: _Listing, names: Mapping[str, BaseFile], elsewhere: Collection[str]) -> Checkpoint:
     """Read the header of the GGUF file, or of each part of a split one, with the weights of a checkpoint.
 
-    Raises CheckpointError, also if a part is missing or if two parts have the same tensor.
+    Parts in `elsewhere` may be missing. Raises CheckpointError, also if another part is missing or if two parts have
+    the same tensor.
     """
     found, missing = find_parts(listing.root, names)
-    if missing:
-        raise CheckpointError(f"a part of the model is missing: {missing[0].file}", listing.root, "download all parts")
+    if lost := [damage.file for damage in missing if damage.file not in elsewhere]:
+        raise CheckpointError(f"a part of the model is missing: {lost[0]}", listing.root, "download all parts")
     parts = dict(_map_files([names[name] for name in found], lambda file: open_gguf(file.source)))
-    for damage in check_parts(parts, missing=False):
+    for damage in check_parts(parts, missing=bool(missing)):
         raise CheckpointError(damage.what, f"{listing.root}/{damage.file}", "download the parts again")
     return _build_gguf(listing, parts, make_config(parts[found[0]].metadata))
 

@@ -192,6 +192,8 @@ def _download_touched(job: CopyJob, base: Checkpoint) -> CopyJob:
             "give --base hf://ORG/NAME@REV",
         )
     touched = job.touched
+    if base.is_gguf:
+        touched |= {next(iter(base.shards))}  # the first part of a split file contains the metadata of the model
     stay = {f.name for f in job.files if f.name not in touched and f.size > SMALL_CHECKPOINT and f.digest}
     here = [f for f in job.files if f.name not in stay]
     if not base.in_cache:

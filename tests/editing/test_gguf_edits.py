@@ -18,6 +18,7 @@ import pytest
 from checkpoints import tree, write_manifest
 from ggufs import make_blocks, write_gguf
 from hub import fixture
+from killed import killed
 
 import swsurgery
 from swsurgery.cli import main
@@ -323,6 +324,18 @@ def list_differences_of(old: bytes, folder: Path) -> list[int]:
     return [at for at, (a, b) in enumerate(zip(old, new, strict=True)) if a != b]
 
 
+def test_an_edit_in_place_that_was_killed_is_undone_for_every_reader(tmp_path):
+    base = write(tmp_path / "base")
+    before = tree(base)
+    digest = hashlib.sha256(before["m.gguf"]).hexdigest()
+    pinned = {"path": str(base), "sha256": {"m.gguf": digest}}
+    manifest = write_manifest(tmp_path / "m.yaml", pinned, {"op": "scale", "factor": 0.5, **PLACE})
+    for reader in (base, base / "m.gguf"):
+        killed("editing.in_place.run_check", "apply", manifest, "--in-place", "--check", "off")
+        assert (base / "m.gguf").read_bytes() != before["m.gguf"]
+        assert swsurgery.diff(reader, reader).same and tree(base) == before
+
+
 def test_a_protected_element_stays_protected(tmp_path):
     base = write(tmp_path / "base")
     patched = apply(base, {"op": "protect", "layer": 0, "row": 0, "col": 1})
@@ -440,16 +453,22 @@ def test_only_the_weights_are_checked(tmp_path, capsys):
         assert "swsurgery cannot run GGUF files" in capsys.readouterr().err and not (tmp_path / "no").exists()
 
 
-def test_the_parts_of_a_split_file_are_edited(tmp_path):
-    base = tmp_path / "base"
-    base.mkdir()
-    writer = gguf.GGUFWriter(base / "m.gguf", "llama", split_max_tensors=1)
-    for n in range(2):
+def write_parts(folder: Path, count: int) -> Path:
+    """Write a directory with a split file that has one tensor in each part."""
+    folder.mkdir()
+    writer = gguf.GGUFWriter(folder / "m.gguf", "llama", split_max_tensors=1)
+    writer.add_uint32("llama.block_count", count)
+    for n in range(count):
         writer.add_tensor(DOWN.format(n), make_blocks(KIND.Q8_0, 4, n).reshape(2, -1), raw_dtype=KIND.Q8_0)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    return folder
+
+
+def test_the_parts_of_a_split_file_are_edited(tmp_path):
+    base = write_parts(tmp_path / "base", 2)
     patched = apply(base, *({"op": "zero", "layer": n, "row": 1, "col": 3} for n in range(2)))
     for n in range(2):
         name = f"m-0000{n + 1}-of-00002.gguf"
@@ -476,6 +495,22 @@ def test_a_file_of_a_repository_is_the_base(hub, tmp_path):
         swsurgery.apply(edits, "hf://org/two/m.gguf", tmp_path / name, check="off")
         assert sorted(p.name for p in (tmp_path / name).iterdir() if p.suffix == ".gguf") == ["m.gguf"]
         assert swsurgery.verify(tmp_path / name).ok and len(list_differences(base, tmp_path / name)) == 1
+
+
+def test_parts_without_edits_stay_in_the_repository(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr("swsurgery.editing.apply.SMALL_CHECKPOINT", 100)
+    base = write_parts(tmp_path / "base", 3)
+    hub.add_repo("org/split", base)
+    edit = {"op": "zero", "layer": 1, "row": 1, "col": 3}
+    done = swsurgery.apply([edit], "hf://org/split", tmp_path / "out", check="off", for_publish=True)
+    assert done.record.elsewhere == ["m-00003-of-00003.gguf"]
+    assert sorted(p.name for p in (tmp_path / "out").glob("*.gguf")) == [
+        "m-00001-of-00003.gguf",
+        "m-00002-of-00003.gguf",
+    ]
+    assert swsurgery.verify(tmp_path / "out").ok
+    swsurgery.publish(tmp_path / "out", "org/edited", accept=["check-missing"])
+    assert swsurgery.verify("hf://org/edited").ok
 
 
 # Refusals -----------------------------------------------------------------------------------------------------------
