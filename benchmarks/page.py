@@ -1,4 +1,4 @@
-"""Write the sections of docs/benchmarks.md that a benchmark measures."""
+"""Write the sections of docs/benchmarks.md, or of another page, that a benchmark measures."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ def describe_machine() -> str:
     return f"{len(os.sched_getaffinity(0))} cores, Linux {platform.release()}, Python {platform.python_version()}."
 
 
-def replace_section(title: str, lines: list[str]) -> None:
+def replace_section(title: str, lines: list[str], page: Path = PAGE) -> None:
     """Replace the section of that title by `lines`. A page without this section gets it at its end."""
-    before, _, rest = PAGE.read_text().partition(f"\n## {title}\n")
+    before, _, rest = page.read_text().partition(f"\n## {title}\n")
     _, heading, after = rest.partition("\n## ")
-    PAGE.write_text(before.rstrip("\n") + "\n" + "\n".join(["", f"## {title}", "", *lines, ""]) + heading + after)
+    page.write_text(before.rstrip("\n") + "\n" + "\n".join(["", f"## {title}", "", *lines, ""]) + heading + after)
