@@ -80,7 +80,8 @@ def mark(name):
 REPORT = """
 cpu = globals().get("cpu", time.process_time())
 print(json.dumps({
-    "phases": phases, "cpu": cpu - phases.pop("CPU time of imports"), "result": result, "variants": variants, "ppl": found_ppl,
+    "phases": phases, "cpu": cpu - phases.pop("CPU time of imports"), "result": result, "variants": variants,
+    "ppl": found_ppl,
     "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
     "device": torch.cuda.max_memory_reserved() / 1e9 if device == "cuda" else 0.0,
     "machine": torch.cuda.get_device_name() if device == "cuda" else "", "torch": torch.__version__,
