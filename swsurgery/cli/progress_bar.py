@@ -5,6 +5,7 @@ Only this module imports tqdm.
 
 from __future__ import annotations
 
+import re
 import sys
 import threading
 import time
@@ -15,8 +16,11 @@ from swsurgery.cli.streams import is_terminal, say
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-FIRST_LINE = 0.8
-"""Seconds after which a task is reported for the first time if stderr is not a terminal."""
+FIRST_LINE = 0.25
+"""Seconds after which the first task is reported if stderr is not a terminal."""
+
+PHASE_LINE = 1.0
+"""Seconds after which a task of another kind than those reported before is reported."""
 
 NEXT_LINE = 60.0
 """Seconds between two lines about one task if stderr is not a terminal."""
@@ -25,8 +29,11 @@ NEXT_LINE = 60.0
 class Bar:
     """A Reporter that prints notes and a progress bar on stderr, or nothing if `quiet` is set.
 
-    If stderr is not a terminal, such as the log of a CI job, lines take the place of the bar. The first line is printed
-    when a task has taken FIRST_LINE seconds, and the next ones every NEXT_LINE seconds, so short tasks print nothing.
+    If stderr is not a terminal, such as the log of a CI job, lines take the place of the bar. A task of unknown length,
+    such as loading torch, is reported at once unless torch is loaded already. Any other task is reported when it has
+    taken FIRST_LINE seconds, or PHASE_LINE seconds if a line about another kind of task was printed before. Further
+    lines follow every NEXT_LINE seconds. So short tasks print nothing, and many similar tasks, such as rounds, print
+    one line a minute.
     """
 
     def __init__(self, quiet: bool = False):
@@ -35,6 +42,7 @@ class Bar:
         self._bar: tqdm[NoReturn] | None = None
         self._lines: _Lines | None = None
         self._printed: float | None = None  # when the last line about a task was printed
+        self._kinds: set[str] = set()  # labels, without numbers, of the tasks that were reported
 
     def start(self, total: int, unit: str, label: str) -> None:
         """Draw a new bar. If `unit` is "B", numbers are printed with a unit prefix, such as 1.50MB.
@@ -45,7 +53,7 @@ class Bar:
         if self._quiet:
             return
         if not self._terminal:
-            self._lines = _Lines(total, label, self._printed)
+            self._lines = _Lines(total, label, self._choose_wait(total, label))
             return
         from tqdm import tqdm  # importing it takes a tenth of the start-up time, and most commands draw no bar
 
@@ -62,6 +70,14 @@ class Bar:
             dynamic_ncols=True,
             bar_format=None if total else "{desc} ...",
         )
+
+    def _choose_wait(self, total: int, label: str) -> float:
+        """Return the number of seconds after which a task that starts now is reported for the first time."""
+        if _find_kind(label) in self._kinds and self._printed is not None:
+            return max(PHASE_LINE, self._printed + NEXT_LINE - time.monotonic())
+        if total == 0:  # torch will be loaded, which takes seconds unless the process has loaded it before
+            return PHASE_LINE if "torch" in sys.modules else 0.0
+        return FIRST_LINE if self._printed is None else PHASE_LINE
 
     def advance(self, n: int) -> None:
         if self._bar is not None:
@@ -81,7 +97,9 @@ class Bar:
             self._bar = None
         if self._lines is not None:
             self._lines.end()
-            self._printed = self._lines.printed
+            if self._lines.printed is not None:
+                self._printed = self._lines.printed
+                self._kinds |= self._lines.kinds
             self._lines = None
 
     def say(self, line: str) -> None:
@@ -89,17 +107,27 @@ class Bar:
             say(line)
 
 
+def _find_kind(label: str) -> str:
+    """Return a label without its numbers: tasks such as "round 1" and "round 2" are of one kind."""
+    return re.sub(r"\d+", "", label)
+
+
 class _Lines:
     """Prints lines about one task from a thread of its own, until `end` is called.
 
-    `done` counts finished units of `total`. `printed` is the time of the last line, in seconds of the monotonic clock,
-    or None. A line about an earlier task counts too, so many tasks of some seconds do not print a line each.
+    The first line is printed after `wait` seconds; if this is 0, before the constructor returns. `done` counts finished
+    units of `total`. `printed` is the time of the last line, in seconds of the monotonic clock, or None. `kinds`
+    contains the kind of the task and the kinds of the lines.
     """
 
-    def __init__(self, total: int, label: str, printed: float | None):
+    def __init__(self, total: int, label: str, wait: float):
         self.total, self.label, self.done = total, label, 0
         self._began = time.monotonic()
-        self.printed = printed
+        self._wait = wait
+        self.printed: float | None = None
+        self.kinds = {_find_kind(label)}
+        if wait == 0:
+            self._print_line()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._print_lines, name="swsurgery-progress", daemon=True)
         try:
@@ -112,13 +140,15 @@ class _Lines:
         self._ended.set()
 
     def _print_lines(self) -> None:
-        wait = FIRST_LINE
-        if self.printed is not None:
-            wait = max(wait, self.printed + NEXT_LINE - self._began)
+        wait = self._wait or NEXT_LINE
         while not self._ended.wait(wait):
-            self.printed = time.monotonic()
-            say(self._describe())
+            self._print_line()
             wait = NEXT_LINE
+
+    def _print_line(self) -> None:
+        self.printed = time.monotonic()
+        self.kinds.add(_find_kind(self.label))
+        say(self._describe())
 
     def _describe(self) -> str:
         share = f", {min(self.done / self.total, 1):.0%}" if self.total else ""

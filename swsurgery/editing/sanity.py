@@ -25,7 +25,7 @@ from swsurgery.hub import Uri, download_checkpoint, open_location, parse_locatio
 from swsurgery.model import Placement
 from swsurgery.model.check import run_checks
 from swsurgery.model.report import CheckedBounds, CheckReport
-from swsurgery.model.run_arguments import refuse_device, refuse_empty_prompts, refuse_empty_text
+from swsurgery.model.run_arguments import refuse_bad_prompts, refuse_device, refuse_empty_text
 from swsurgery.model.variant import PerActivation, Variant, list_roundings
 from swsurgery.progress import Progress, Reporter, require_reporter
 from swsurgery.storage.arguments import (
@@ -69,7 +69,7 @@ class CheckOptions:
     def __post_init__(self) -> None:
         """Raise TypeError for a field of the wrong type.
 
-        Raises ModelError for an unknown device, an empty text or an empty prompt, and SwsurgeryError if `generate` is
+        Raises ModelError for an unknown device, an empty text or a bad prompt, and SwsurgeryError if `generate` is
         negative.
         """
         require_choice("kind", self.kind, get_args(Check))
@@ -84,7 +84,7 @@ class CheckOptions:
             raise SwsurgeryError("the number of tokens to generate must not be negative", self.generate)
         refuse_device(self.device)
         refuse_empty_text(self.text)
-        refuse_empty_prompts(self.prompts)
+        refuse_bad_prompts(self.prompts)
 
     @classmethod
     def of(cls, check: CheckOptions | Check | None) -> CheckOptions:

@@ -31,10 +31,15 @@ def refuse_device(name: str) -> None:
         raise Unrunnable("no usable CUDA device", name, "use --device cpu")
 
 
-def refuse_empty_prompts(prompts: Collection[str] | None) -> None:
-    """Raise ModelError if a prompt is empty. None stands for the built-in prompts."""
-    if "" in (prompts or ()):
-        raise ModelError("a prompt is empty", "''", "give at least one character")
+def refuse_bad_prompts(prompts: Collection[str] | None) -> None:
+    """Raise ModelError if a prompt is empty or is not valid Unicode. None stands for the built-in prompts."""
+    for prompt in prompts or ():
+        if not prompt:
+            raise ModelError("a prompt is empty", "''", "give at least one character")
+        try:
+            prompt.encode()
+        except UnicodeEncodeError:
+            raise ModelError("the text is not valid Unicode", repr(prompt[:40]), "remove lone surrogates") from None
 
 
 def refuse_empty_text(text: str | None) -> None:

@@ -24,7 +24,7 @@ from swsurgery.checkpoint.weight_files import Weights
 from swsurgery.errors import Interrupted, SwsurgeryError
 from swsurgery.hub import download_checkpoint, parse_location
 from swsurgery.model import Placement
-from swsurgery.model.run_arguments import refuse_empty_prompts
+from swsurgery.model.run_arguments import refuse_bad_prompts
 from swsurgery.progress import Reporter, require_reporter
 from swsurgery.scanning.find_candidates import find_candidates
 from swsurgery.scanning.report import Method, Scan
@@ -82,7 +82,7 @@ def scan(
     require_choice("method", method, get_args(Method))
     require_choice("op", op, get_args(ManifestOp))
     require_strings("prompts", prompts)
-    refuse_empty_prompts(prompts)
+    refuse_bad_prompts(prompts)
     require_type("confirm", confirm, bool)
     require_type("register", register, str, optional=True)
     files = ScanFiles(

@@ -20,6 +20,7 @@ from swsurgery.checkpoint.opening import survey_checkpoint
 from swsurgery.checkpoint.weight_files import Weights
 from swsurgery.errors import SwsurgeryError, pluralise
 from swsurgery.hub.remote import RemoteTree
+from swsurgery.progress import LOADING, Progress
 from swsurgery.storage.folder import Folder
 from swsurgery.storage.gguf import MetadataValue
 from swsurgery.storage.numbers import format_size
@@ -137,6 +138,7 @@ def open_and_check(
     elsewhere: Collection[str],
     *,
     transformers: bool,
+    progress: Progress,
 ) -> tuple[Checkpoint, Completeness]:
     """Open a checkpoint, and compare it with its config.json and, if requested, with the model of transformers.
 
@@ -152,9 +154,12 @@ def open_and_check(
         raise SwsurgeryError(what, survey.checkpoint.root, "leave --transformers out")
     if not transformers or survey.damages:
         return survey.checkpoint, check_complete(survey)
+    progress.start(0, "", LOADING)
     from swsurgery.model.expected_names import compare_with_transformers
 
-    return survey.checkpoint, check_complete(survey, compare_with_transformers(survey.checkpoint))
+    expected = compare_with_transformers(survey.checkpoint)
+    progress.close()
+    return survey.checkpoint, check_complete(survey, expected)
 
 
 def check_complete(survey: Survey, expected: Expectation | None = None) -> Completeness:

@@ -13,6 +13,7 @@ from swsurgery.checkpoint.opening import held, open_checkpoint, read_checkpoint,
 from swsurgery.checkpoint.record import RECORD_NAME, Patched, find_record, read_record
 from swsurgery.errors import CheckpointError, SwsurgeryError
 from swsurgery.hub import RemoteTree, open_location, parse_location
+from swsurgery.progress import Progress
 from swsurgery.storage.folder import Folder
 from swsurgery.verifying.question import Question
 
@@ -61,7 +62,7 @@ def read_references(root: Folder | RemoteTree, question: Question, bases: contex
     return References(root, question, patched, loaded, _open_base(root, question, loaded, patched, bases))
 
 
-def open_subject(references: References) -> tuple[Checkpoint, Completeness | None]:
+def open_subject(references: References, progress: Progress) -> tuple[Checkpoint, Completeness | None]:
     """Open the checkpoint itself. With `complete`, compare it with its config.json too. Raises CheckpointError."""
     question = references.question
     elsewhere = references.patched.record.elsewhere if references.patched else ()
@@ -70,7 +71,12 @@ def open_subject(references: References) -> tuple[Checkpoint, Completeness | Non
     from swsurgery.verifying.complete import open_and_check
 
     return open_and_check(
-        references.root, question.weights, question.variant, elsewhere, transformers=question.transformers
+        references.root,
+        question.weights,
+        question.variant,
+        elsewhere,
+        transformers=question.transformers,
+        progress=progress,
     )
 
 

@@ -115,7 +115,7 @@ def _prove(references: References, progress: Progress) -> Proof:
     """Open the checkpoint and check it. Files that are missing or damaged are findings, and end the checks."""
     patched, manifest, strict = references.patched, references.loaded, references.question.strict
     try:
-        checkpoint, completeness = open_subject(references)
+        checkpoint, completeness = open_subject(references, progress)
     except CheckpointError as error:
         if patched is None and (isinstance(error, AmbiguousWeights) or not references.has_shards):
             raise

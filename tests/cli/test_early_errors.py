@@ -88,7 +88,7 @@ REFUSED = [
         ["--windows", "0"], ["--window", "1"], ["--placement", "here"], ["--device", "cpu:0"], ["--bogus"],
         ["--page", "nothere/x.html"], ["--page", "x.txt"], ["--page", "base/x.html"], ["--page", "empty.txt/x.html"],
     )],
-    *[[*COMMANDS[name], "--prompt", ""] for name in ("apply", "check", "scan")],
+    *[[*COMMANDS[name], "--prompt", prompt] for name in ("apply", "check", "scan") for prompt in ("", "\udcff")],
     *[[*COMMANDS[name], *more] for name in ("scan", "sweep", "compare") for more in (
         ["--csv", "--json"], ["--csv", "--latex"],
     )],

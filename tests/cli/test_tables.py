@@ -116,11 +116,28 @@ def test_a_long_task_prints_lines_without_a_terminal(monkeypatch: pytest.MonkeyP
     bar.close()
     lines = log.getvalue().splitlines()
     assert set(lines) == {"swsurgery: 4 layers, 25% ..."} and 2 <= len(lines) <= 4
-    bar.start(0, "", "another task")
+    bar.start(1, "layer", "another task")
     bar.close()
-    Bar(quiet=True).start(1, "", "a task")
+    Bar(quiet=True).start(0, "", "a task")
     time.sleep(0.1)
     assert log.getvalue().splitlines() == lines, "a short task, and a task with --quiet, print nothing"
+
+
+def test_each_kind_of_task_prints_a_line_without_a_terminal(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(progress_bar, "PHASE_LINE", 0.05)
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    monkeypatch.setattr(sys, "stderr", log := io.StringIO())
+    bar = Bar()
+    bar.start(0, "", "loading torch")
+    assert log.getvalue() == "swsurgery: loading torch ...\n", "a task of unknown length prints a line at once"
+    for number in (1, 2):
+        bar.start(2, "layer", f"round {number}")
+        time.sleep(0.3)
+    bar.start(0, "", "loading torch")
+    time.sleep(0.1)
+    bar.close()
+    lines = log.getvalue().splitlines()
+    assert lines == ["swsurgery: loading torch ...", "swsurgery: round 1, 0% ..."], "similar tasks print one line"
 
 
 def test_a_terminal_shows_a_task_of_unknown_length_at_once(monkeypatch: pytest.MonkeyPatch):
