@@ -12,6 +12,7 @@ from swsurgery.cli.completion import complete_model
 from swsurgery.cli.options import BaseOption, DirectoryArgument, command, read_location
 from swsurgery.cli.output import Output, print_text, say
 from swsurgery.errors import SwsurgeryError, escape_control, pluralise, report_done
+from swsurgery.sharing.recipes.names import ToolName
 from swsurgery.storage.numbers import format_size
 
 if TYPE_CHECKING:
@@ -176,18 +177,6 @@ def _show_exported(exported: Exported) -> None:
         print_text(f"  {escape_control(name)}  {format_size(size)}")
 
 
-Quantiser = Literal[
-    "llm-compressor",
-    "compressed-tensors",
-    "transformers",
-    "torchao",
-    "gptqmodel",
-    "auto-round",
-    "llama.cpp",
-    "bitsandbytes",
-]
-
-
 @command
 def recipe(
     out: Output,
@@ -200,7 +189,7 @@ def recipe(
             autocompletion=complete_model,
         ),
     ],
-    tool: Annotated[Quantiser, typer.Option("--for", help="The quantiser that the recipe is for.", show_default=False)],
+    tool: Annotated[ToolName, typer.Option("--for", help="The quantiser that the recipe is for.", show_default=False)],
     model: Annotated[
         str | None,
         typer.Option(

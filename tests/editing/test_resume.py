@@ -15,6 +15,7 @@ from checkpoints import (
     INDEX,
     SECOND,
     THIRD,
+    age,
     down,
     place,
     sha256,
@@ -40,17 +41,9 @@ SET = {"op": "set", "tensor": HEAD, "index": [11, 5], "value": 1.0}
 SHARDS = (FIRST, SECOND, THIRD)
 
 
-def aged(folder: Path) -> Path:
-    """Files that were just written are hashed anew, for they could change again without their times moving."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            os.utime(path, (1_600_000_000, 1_600_000_000))
-    return folder
-
-
 @pytest.fixture
 def base(tmp_path) -> Path:
-    return aged(write_llama(tmp_path / "base"))
+    return age(write_llama(tmp_path / "base"))
 
 
 @pytest.fixture
@@ -162,7 +155,7 @@ def test_another_manifest_keeps_only_what_is_the_same(base, out, tmp_path, stopp
 
 def test_another_base_keeps_nothing_of_what_differs(base, out, tmp_path, stopped_late):
     other = write_llama(tmp_path / "other", config={"model_type": "mistral"})
-    aged(other)
+    age(other)
     manifest = write_manifest(tmp_path / "other.json", other, ZERO, SET)
     copy(manifest, out)
     assert swsurgery.verify(out, base=other).ok and not swsurgery.verify(out, base=base).ok
@@ -245,7 +238,7 @@ def test_nested_folders_are_kept(base, manifest, out, tmp_path):
     (base / "a" / "b" / "c").mkdir(parents=True)
     (base / "a" / "b" / "c" / "file").write_text("deep")
     (base / "a" / "file").write_text("less deep")
-    aged(base)
+    age(base)
     killed("editing.apply.write_own_files", "apply", manifest, "-o", out, "--check", "off", "--link", "copy")
     (partial(out) / "a" / "b" / "stray").write_text("x")
     files = copy(manifest, out)
@@ -265,7 +258,7 @@ def test_hard_links_in_the_stage_are_not_kept(base, manifest, out, tmp_path):
 
 def test_a_revert_is_continued_too(base, manifest, out, tmp_path):
     copy(manifest, out)
-    aged(out)
+    age(out)
     back = tmp_path / "back"
     killed("storage.staging._commit", "revert", out, "-o", back, "--link", "copy")
     inode = (partial(back) / SECOND).stat().st_ino
@@ -290,7 +283,7 @@ def several(tmp_path) -> Path:
     write_sparse_shard(base / SECOND, "large", "BF16", CHUNK)
     write_sparse_shard(base / THIRD, "larger", "BF16", 2 * CHUNK)
     (base / INDEX).write_text(json.dumps({"weight_map": {"small": FIRST, "large": SECOND, "larger": THIRD}}))
-    aged(base)
+    age(base)
     edits = [{"op": "set", "tensor": name, "index": [3], "value": 1.0} for name in ("large", "small")]
     return write_manifest(tmp_path / "m.json", base, *edits)
 

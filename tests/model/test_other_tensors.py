@@ -92,13 +92,7 @@ class Bench:
 
     def __init__(self, folder: Path, name: str, edit: Callable[[Tensors], None]):
         self.name, self.base, self.patched = name, folder / "base", folder / "patched"
-        tiny_models.write(name, self.base)
-        tensors = load_file(self.base / "model.safetensors")
-        numbers = torch.Generator().manual_seed(0)
-        for tensor in sorted(tensors):
-            if tensor.endswith(".bias"):  # new models have zeros there, which would hide a forgotten bias
-                tensors[tensor] = torch.randn(tensors[tensor].shape, generator=numbers)
-        save_file(tensors, self.base / "model.safetensors", {"format": "pt"})
+        tensors = tiny_models.write_with_biases(name, self.base)
         shutil.copytree(self.base, self.patched)
         old = {key: tensor.clone() for key, tensor in tensors.items()}
         edit(tensors)

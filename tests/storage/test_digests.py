@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from checkpoints import FIRST, SECOND, THIRD, sha256, tree, write_llama, write_manifest
+from checkpoints import FIRST, SECOND, THIRD, age, sha256, tree, write_llama, write_manifest
 
 import swsurgery
 from swsurgery.checkpoint.record import Record
@@ -28,14 +28,6 @@ from swsurgery.storage.digest_cache import DigestCache
 OFF = CheckOptions("off")
 ZERO = {"op": "zero", "layer": 1, "row": 2, "col": 3}  # in SECOND
 FALSE = "f" * 64
-
-
-def age(folder: Path) -> Path:
-    """Let the files look old: a digest of a file that was just written is not remembered."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            os.utime(path, (1_600_000_000, 1_600_000_000))
-    return folder
 
 
 @pytest.fixture

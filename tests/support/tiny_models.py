@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import transformers
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 transformers.utils.logging.disable_progress_bar()
 
@@ -344,6 +345,18 @@ def build(name: str, *, base: bool = False, seed: int = 0) -> transformers.PreTr
 def write(name: str, folder: Path, *, base: bool = False, **save: Any) -> None:
     """Build one model and save it as config.json and model.safetensors."""
     build(name, base=base).save_pretrained(folder, **save)
+
+
+def write_with_biases(name: str, folder: Path) -> dict[str, torch.Tensor]:
+    """Like `write`, with random biases. New models have zeros there, which would hide a forgotten bias."""
+    write(name, folder)
+    tensors = load_file(folder / "model.safetensors")
+    numbers = torch.Generator().manual_seed(0)
+    for tensor in sorted(tensors):
+        if tensor.endswith(".bias"):
+            tensors[tensor] = torch.randn(tensors[tensor].shape, generator=numbers)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return tensors
 
 
 def read(folder: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:

@@ -8,7 +8,8 @@ from typing import get_args
 
 from swsurgery.progress import Reporter, require_reporter
 from swsurgery.sharing.recipes.modules import find_subject
-from swsurgery.sharing.recipes.tools import TOOLS, ToolName
+from swsurgery.sharing.recipes.names import ToolName
+from swsurgery.sharing.recipes.tools import TOOLS
 from swsurgery.storage.arguments import require_choice, require_location, require_type
 from swsurgery.storage.result import Result
 

@@ -21,18 +21,8 @@ from swsurgery.sharing.recipes import (
     transformers,
 )
 from swsurgery.sharing.recipes.modules import Subject
+from swsurgery.sharing.recipes.names import ToolName
 from swsurgery.sharing.recipes.rendered import Rendered
-
-ToolName = Literal[
-    "llm-compressor",
-    "compressed-tensors",
-    "transformers",
-    "torchao",
-    "gptqmodel",
-    "auto-round",
-    "llama.cpp",
-    "bitsandbytes",
-]
 
 
 @dataclass(frozen=True)
