@@ -1,9 +1,9 @@
-"""Take screenshots of HTML pages in headless Chromium, and check that no page is wider than its window.
+"""Take screenshots of HTML pages in headless Chromium, print them, and check that no page is wider than its window.
 
 usage: python demo/screenshots.py FOLDER
 
-Each page of FOLDER is shown at 400 and 1200 pixels, in light and in dark. The exit code is 1 if a page is too wide. If
-Chromium is not installed, the command that installs it is printed.
+Each page of FOLDER is shown at 400 and 1200 pixels, in light and in dark, and is printed to a PDF file. The exit code
+is 1 if a page is too wide. If Chromium is not installed, the command that installs it is printed.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ NAMES = ("chromium", "chromium-browser", "google-chrome")
 WIDTHS = (400, 1200)
 SCHEMES = {"light": ("--blink-settings=preferredColorScheme=1",), "dark": ("--blink-settings=preferredColorScheme=0",)}
 FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--allow-file-access-from-files")
+SHEET = re.compile(rb"/Type */Page\b")
 MEASURE = """<!DOCTYPE html><body style="margin: 0">
 <iframe src="{page}" style="width: {width}px; height: 600px; border: 0"></iframe><script>onload = () => {{
   const root = document.querySelector("iframe").contentDocument.documentElement;
@@ -54,6 +55,9 @@ def take_screenshots(browser: str, page: Path) -> bool:
                 picture = page.with_name(f"{page.stem}-{width}-{scheme}.png")
                 size = f"--window-size={width},{min(height, 16000)}"
                 run(browser, profile, *flags, size, f"--screenshot={picture}", page.as_uri())
+        printed = page.with_suffix(".pdf")
+        run(browser, profile, "--no-pdf-header-footer", f"--print-to-pdf={printed}", page.as_uri())
+        print(f"{printed.name}: {len(SHEET.findall(printed.read_bytes()))} sheets")
     return fits
 
 

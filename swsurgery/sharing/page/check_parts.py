@@ -146,9 +146,9 @@ _BOUNDS = (("min", "at least"), ("max", "at most"))
 
 
 def _show_both(values: Sequence[float | None]) -> str | None:
-    """Format the values of both models, such as "0.45, patched 0.034"."""
+    """Format the values of both models, such as "base 0.45, patched 0.034"."""
     base, patched = (show_number(value) for value in values)
-    return patched if base is None else f"{base}, patched {patched}"
+    return patched if base is None else f"base {base}, patched {patched}"
 
 
 def _show_peaks(check: Document) -> Markup | None:

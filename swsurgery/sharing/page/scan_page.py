@@ -103,8 +103,13 @@ def _describe(document: Document, experts: bool) -> Markup:
         return escape(f"No {noun} was found.")
     names = join([make_code(format_short_name(one)) for one in found[:8]], ", ")
     more = f" and {len(found) - 8} more" if len(found) > 8 else ""
-    state = "confirmed" if confirmed else "found, not confirmed"
-    return join([f"{pluralise(len(found), noun)} {state}: ", names, more, "."])
+    amount = f"{pluralise(len(found), noun)} confirmed" if confirmed else _count_candidates(len(found), noun)
+    return join([f"{amount}: ", names, more, "."])
+
+
+def _count_candidates(number: int, noun: str) -> str:
+    """Return the answer of a scan that confirmed nothing, such as "2 candidates for super weights, not confirmed"."""
+    return f"{pluralise(number, 'candidate')} for {pluralise(number, noun).partition(' ')[2]}, not confirmed"
 
 
 def _show_activations(document: Document) -> Markup:
