@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING, get_args
 
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.checkpoint.listing import list_cached_files
-from swsurgery.checkpoint.opening import describe_traffic, held, read_checkpoint
+from swsurgery.checkpoint.opening import describe_traffic, held
 from swsurgery.checkpoint.record import Patched
 from swsurgery.editing.applied import SMALL_CHECKPOINT, Applied
-from swsurgery.editing.base import collect_known_digests, find_base
+from swsurgery.editing.base import collect_known_digests, find_base, read_base
 from swsurgery.editing.copy import write_checkpoint
 from swsurgery.editing.copy_job import CopyJob, Link
 from swsurgery.editing.in_place import apply_in_place, plan_in_place
@@ -86,7 +86,7 @@ def plan(
     if in_place:
         return plan_in_place(loaded, find_base(loaded, base), undo_limit, reporter)
     with held(open_location(find_base(loaded, base))) as root:
-        found = make_plan(loaded, read_checkpoint(root, loaded.manifest.base, gguf=True))
+        found = make_plan(loaded, read_base(root, loaded))
         draft_record(found)  # so that a dry run refuses what `apply` would refuse
         found = replace(check_planned(found, reporter), notes=(*found.notes, *_list_unmeasured(found)))
     if isinstance(root, RemoteTree):
@@ -156,7 +156,7 @@ def apply(
         return apply_in_place(loaded, where, check, undo_limit, reporter)
     target = Path.cwd() / loaded.path.stem if output is None else require_path("output", output)
     with held(open_location(where) if for_publish else download_checkpoint(where)) as root:
-        plan = make_plan(loaded, read_checkpoint(root, loaded.manifest.base, gguf=True))
+        plan = make_plan(loaded, read_base(root, loaded))
         refuse_inside(target, plan.checkpoint)
         combine_bounds(plan, check)  # raises before the copy, which may take an hour
         draft = draft_record(plan)

@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from swsurgery.checkpoint.checkpoint import Checkpoint
+from swsurgery.checkpoint.opening import read_checkpoint
+from swsurgery.checkpoint.record import find_record
 from swsurgery.editing.plan import Plan
 from swsurgery.errors import CheckpointError, Fault, PlanError
-from swsurgery.hub import Uri, parse_location
+from swsurgery.hub import RemoteTree, Uri, parse_location
 from swsurgery.hub.names import suggest_uri
 from swsurgery.manifest.load import LoadedManifest
 from swsurgery.storage.arguments import require_location
+from swsurgery.storage.folder import Folder, SingleFile
 
 
 def collect_known_digests(plan: Plan) -> dict[str, tuple[str, str]]:
@@ -53,3 +57,17 @@ def find_base(loaded: LoadedManifest, base: str | Path | None) -> Path | Uri:
         position = f"{first.path}:{line}:{column}"
         raise CheckpointError.of([Fault("base.path: no such checkpoint", str(where), remedy, position)])
     return where
+
+
+def read_base(root: Folder | RemoteTree, loaded: LoadedManifest) -> Checkpoint:
+    """Read the headers of an entered base, which may be a GGUF file. Raises the errors of `read_checkpoint`.
+
+    Raises PlanError for one file of a patched checkpoint: its record says what is protected, and would not be read.
+    """
+    if isinstance(root, SingleFile):
+        with Folder.at(root.path) as folder:
+            patched = find_record(folder)
+        if patched is not None and root.name in patched.record.files:
+            what = "the file belongs to a patched checkpoint, whose record must be read too"
+            raise PlanError(what, root, f"give the directory {root.path}")
+    return read_checkpoint(root, loaded.manifest.base, gguf=True)

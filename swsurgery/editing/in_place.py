@@ -99,7 +99,7 @@ def plan_in_place(loaded: LoadedManifest, base: Path | Uri, undo_limit: int, rep
     Raises the errors of `apply_in_place`, except those of the sanity check and of writing.
     """
     with held_for_editing(_find_directory(base)) as (folder, _), contextlib.ExitStack() as opened:
-        plan = make_plan(loaded, read_checkpoint(folder, loaded.manifest.base))
+        plan = make_plan(loaded, read_checkpoint(folder, loaded.manifest.base, gguf=True))
         _prepare(plan, folder, undo_limit, opened, reporter)
     return plan
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from swsurgery.checkpoint.checkpoint import Checkpoint
-from swsurgery.checkpoint.opening import held, read_checkpoint
-from swsurgery.editing.base import find_base
+from swsurgery.checkpoint.opening import held
+from swsurgery.editing.base import find_base, read_base
 from swsurgery.editing.plan import Plan, make_plan
 from swsurgery.editing.resolve import resolve
 from swsurgery.editing.targets import find_known
@@ -71,7 +71,7 @@ def pin(
     path = _find_file(loaded, manifest) if is_path(manifest) else None
     target = path if output is None else require_path("output", output)
     with held(open_location(find_base(loaded, base))) as root:
-        pinned = pin_manifest(loaded, read_checkpoint(root, loaded.manifest.base, gguf=True), reporter)
+        pinned = pin_manifest(loaded, read_base(root, loaded), reporter)
     if dry_run or target is None:
         return pinned
     if pinned.added or target != path:

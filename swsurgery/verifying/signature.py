@@ -26,7 +26,7 @@ from swsurgery.progress import Reporter, require_reporter
 from swsurgery.storage import filesystem
 from swsurgery.storage.arguments import require_location, require_path, require_type
 from swsurgery.storage.files import LocalFile, read_exactly
-from swsurgery.storage.folder import Folder, SingleFile
+from swsurgery.storage.folder import Folder
 from swsurgery.storage.names import SIGNATURE_NAME
 from swsurgery.storage.result import Result
 from swsurgery.storage.strict_json import parse_json, read_small
@@ -78,12 +78,14 @@ def sign(
 def _sign(root: Path, key: Path, signature: Path | None, replace: bool) -> Path:
     library = _load_library()
     root = Path(os.path.realpath(root))
+    if root.is_file():
+        raise CheckpointError("a signature covers all files of a directory", root, f"give {root.parent}")
     signature = root / SIGNATURE_NAME if signature is None else Path(os.path.abspath(signature))
     if faults := _find_links(root):
         raise CheckpointError.of(f"{fault} in {root}" for fault in faults)
     with held(root) as entered:
         try:
-            checkpoint = open_checkpoint(entered, gguf=not isinstance(entered, SingleFile))
+            checkpoint = open_checkpoint(entered, gguf=True)
         except AmbiguousWeights:  # both sets of weights are signed, so both must be valid
             open_checkpoint(entered, "index")
             checkpoint = open_checkpoint(entered, "single")

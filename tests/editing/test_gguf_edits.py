@@ -304,6 +304,7 @@ def test_in_place_twice_and_step_by_step_back(tmp_path):
     digest = hashlib.sha256(before["m.gguf"]).hexdigest()
     edit = {"op": "scale", "factor": 0.5, **PLACE}
     first = write_manifest(tmp_path / "a.yaml", {"path": str(base), "sha256": {"m.gguf": digest}}, edit)
+    assert main(["apply", str(first), "--in-place", "--dry-run"]) == 0 and tree(base) == before
     swsurgery.apply(first, in_place=True, check="off")
     once = tree(base)
     assert not swsurgery.apply(first, in_place=True, check="off").written and tree(base) == once
@@ -541,7 +542,7 @@ def test_a_bad_edit_is_one_line(edit, message, tmp_path, capsys):
     base = write(tmp_path / "base")
     before = tree(base)
     manifest = write_manifest(tmp_path / "m.yaml", base, edit)
-    for options in (["--dry-run"], ["-o", str(tmp_path / "out")], ["--in-place"]):
+    for options in (["--dry-run"], ["-o", str(tmp_path / "out")], ["--in-place"], ["--in-place", "--dry-run"]):
         assert main(["apply", str(manifest), "--check", "off", *options]) == 2
         err = capsys.readouterr().err
         assert message in err and len(err.splitlines()) == 1
@@ -596,11 +597,16 @@ def test_one_file_has_no_record_and_is_not_edited_in_place(tmp_path, capsys):
         ["revert", patched / "m.gguf"],
         ["revert", patched / "m.gguf", "-o", tmp_path / "back"],
         ["verify", patched / "m.gguf"],
+        ["apply", manifest, "--base", patched / "m.gguf", "-o", tmp_path / "again"],
+        ["apply", manifest, "--base", patched / "m.gguf", "--dry-run"],
+        ["pin", manifest, "--base", patched / "m.gguf"],
+        ["publish", patched / "m.gguf", "org/x", "--dry-run"],
+        ["sign", patched / "m.gguf", "--key", manifest],
     ):
         assert main([*map(str, words)]) == 2
         err = capsys.readouterr().err
-        assert len(err.splitlines()) == 1 and f"give the directory {patched}" in err or f"give {patched}" in err
-    assert tree(patched) == before
+        assert len(err.splitlines()) == 1 and (f"give the directory {patched}" in err or f"give {patched}" in err)
+    assert tree(patched) == before and not (tmp_path / "again").exists()
 
 
 def test_the_record_is_not_readable_for_more_users_than_the_weights(tmp_path):
