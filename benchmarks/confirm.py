@@ -247,6 +247,7 @@ def main() -> None:
     first = runs["swsurgery"][0]
     lines = list_lines(name, windows, len(variants), options, runs)
     if options.other:
+        lines += ["The line `before` is the version that `--other` names.", ""]
         same = round_figures(first["result"]) == round_figures(runs["swsurgery, before"][0]["result"])
         lines.append(f"All figures of both versions are {'identical' if same else 'NOT identical'} to six digits.")
     if not options.no_rival:
@@ -256,7 +257,11 @@ def main() -> None:
     print("\n".join(lines))
     if options.write:
         title = f"Confirming candidates of {name.split(',')[0]} on {'a GPU' if first['machine'] else 'a CPU'}"
-        replace_section(title, ["Made by `python benchmarks/confirm.py`.", "", *lines], PAGE.with_name(STREAMING))
+        used = " ".join(
+            f"--{key} {getattr(options, key)}" for key in ("device", "windows", "window", "nulls", "rounds")
+        )
+        lines = [f"Made by `python benchmarks/confirm.py {used}`.", "", *lines]
+        replace_section(title, lines, PAGE.with_name(STREAMING))
 
 
 def list_lines(
@@ -272,7 +277,7 @@ def list_lines(
         f"variants, float32. {machine}, torch {first['torch']}, transformers {first['transformers']}.",
         f"{options.rounds} rounds in turn, medians in seconds. Sum and CPU time leave out imports.",
         f"The products of the output matrix alone take {limit:.1f} s{kind} at the rate of products of 256 rows",
-        "by 4,096 columns.",
+        f"by 4,096 columns. The load average of the machine at the end was {os.getloadavg()[0]:.0f}.",
         "",
         "| what | imports | loading | layers | scores | sum | CPU time | main memory | device memory |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
