@@ -7,13 +7,17 @@ rm -rf "$work"
 mkdir -p "$work"
 export XDG_DATA_HOME="$PWD/$work/data" # the entry that scan --register writes stays in the demo's folder
 
-tell() { printf '\n\033[1m%s\033[0m\n' "$*"; }
+bold='' blue='' plain=''
+if [ -t 1 ] && [ -z "${NO_COLOR:-}" ] && [ "${TERM:-dumb}" != dumb ]; then
+  bold=$'\033[1m' blue=$'\033[36m' plain=$'\033[0m'
+fi
+tell() { printf '\n%s%s%s\n' "$bold" "$*" "$plain"; }
 run() {
-  printf '\033[36m$'
+  printf '%s$' "$blue"
   for word; do # quote words that contain spaces
     case $word in *" "*) printf " '%s'" "$word" ;; *) printf ' %s' "$word" ;; esac
   done
-  printf '\033[0m\n'
+  printf '%s\n' "$plain"
   "$@"
 }
 
@@ -27,7 +31,7 @@ run swsurgery scan "$model" --confirm --windows 8 --window 64 \
 tell "2. Find them in the weights alone, without running the model. Both methods find the same neurons."
 run swsurgery scan "$model" --method weights
 
-tell "3. Look up the result. lookup also knows the published super weights of 39 other models."
+tell "3. Look up the result. lookup also knows what was published about 75 other models."
 run swsurgery lookup smollm2-135m-instruct-demo
 
 tell "4. Read the manifest that scan wrote, and print the edits that it would make. Nothing is changed yet."

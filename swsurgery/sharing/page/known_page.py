@@ -63,7 +63,10 @@ def _render_list(models: Sequence[Document]) -> Page:
     header = ("name", "repository", "scalars", "experts", "columns", "status", "maximum activation")
     table = make_table(header, rows, numeric=(2, 3, 4, 6))
     more = make_tag("p", "and ", join(rest, ", ")) if rest else ""
-    answer = escape(f"{pluralise(len(models), 'model')} with known super weights.")
+    parts = ("coordinates", "experts", "columns")
+    bare = sum(not any(read_integer(model, key) for key in parts) for model in models)
+    only = f" For {bare} of them, only the largest activation is known." if bare else ""
+    answer = escape(f"{pluralise(len(models), 'model')}.{only}")
     return Page("Known super weights", answer, (make_section("Models", table, more),))
 
 
