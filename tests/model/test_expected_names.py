@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 import swsurgery
 from swsurgery.cli import main
 from swsurgery.errors import Unrunnable
+from swsurgery.progress import LOADING, Silent
 
 WITH_TRANSFORMERS = {
     *("llama", "gemma3_text", "gpt2", "phi3", "mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss", "jamba"),
@@ -156,3 +157,17 @@ def test_what_transformers_cannot_build_has_no_answer(tmp_path, capsys, monkeypa
     assert main(["verify", str(tmp_path), "--complete", "--transformers"]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
     assert not ran.exists() and "own_code" not in sys.modules
+
+
+def test_loading_transformers_is_announced(tmp_path):
+    class Log(Silent):
+        def start(self, total: int, unit: str, label: str) -> None:
+            labels.append(label)
+
+        def close(self) -> None:
+            labels.append("end")
+
+    labels: list[str] = []
+    tiny_models.write("llama", tmp_path)
+    assert swsurgery.verify(tmp_path, complete=True, transformers=True, reporter=Log()).ok
+    assert labels[:2] == [LOADING, "end"]
