@@ -4,15 +4,14 @@ usage: python benchmarks/first_output.py [--model DIR] [--rounds N] [--limit SEC
 
 Standard output and standard error are pipes, as in a CI job. The base is a copy of the demo's model, SmolLM2-135M, and
 the page cache is warm. Other work on the machine makes a command slower, so the round with the least processor time
-until the first byte counts: it is the time that an idle machine takes. A command that runs the model is stopped after
---limit seconds. --write replaces the section "First output" of docs/benchmarks.md.
+until the first byte counts. That time is close to what an idle machine takes, but other work lengthens it too, and
+waiting for the disk is not part of it. A command that runs the model is stopped after --limit seconds. --write replaces the section "First output" of docs/benchmarks.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import platform
 import selectors
 import shutil
 import subprocess
@@ -22,7 +21,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from page import replace_section
+from page import describe_machine, replace_section
 
 MODEL = Path.home() / ".cache/swsurgery-demo/smollm2-135m-instruct"
 EDIT = "version: 1\nbase: {path: base}\nedits:\n  - {op: zero, layer: 11, row: 507, col: 1229}\n"
@@ -155,9 +154,9 @@ def render(best: dict[str, Timing], rounds: int, load: float) -> list[str]:
     ]
     return [
         "Made by `python benchmarks/first_output.py --write`: the demo's model, SmolLM2-135M, with a warm page",
-        f"cache. Output goes into a pipe. The best of {rounds} rounds, because the machine was busy with other work",
-        f"(load {load:.1f} on {os.cpu_count()} cores). {platform.system()} {platform.release()}, "
-        f"Python {platform.python_version()}.",
+        f"cache. Output goes into a pipe. Of {rounds} rounds, the one with the least processor time until the first byte.",
+        f"The load was {load:.1f} before the first round. If it is high, seconds say little, and processor time is longer",
+        f"than on an idle machine too. {describe_machine()}",
         "",
         "| swsurgery | seconds to the first byte | of processor time | longest silence after it | whole run |",
         "|---|---:|---:|---:|---:|",
