@@ -5,7 +5,8 @@ usage: python benchmarks/first_output.py [--model DIR] [--rounds N] [--limit SEC
 Standard output and standard error are pipes, as in a CI job. The base is a copy of the demo's model, SmolLM2-135M, and
 the page cache is warm. Other work on the machine makes a command slower, so the round with the least processor time
 until the first byte counts. That time is close to what an idle machine takes, but other work lengthens it too, and
-waiting for the disk is not part of it. A command that runs the model is stopped after --limit seconds. --write replaces the section "First output" of docs/benchmarks.md.
+waiting for the disk is not part of it. A command that runs the model is stopped after --limit seconds. --write replaces
+the section "First output" of docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -154,8 +155,10 @@ def render(best: dict[str, Timing], rounds: int, load: float) -> list[str]:
     ]
     return [
         "Made by `python benchmarks/first_output.py --write`: the demo's model, SmolLM2-135M, with a warm page",
-        f"cache. Output goes into a pipe. Of {rounds} rounds, the one with the least processor time until the first byte.",
-        f"The load was {load:.1f} before the first round. If it is high, seconds say little, and processor time is longer",
+        f"cache. Output goes into a pipe. Of {rounds} rounds, the one with the least processor time until "
+        "the first byte.",
+        f"The load was {load:.1f} before the first round. If it is high, seconds say little, and processor time "
+        "is longer",
         f"than on an idle machine too. {describe_machine()}",
         "",
         "| swsurgery | seconds to the first byte | of processor time | longest silence after it | whole run |",
