@@ -328,7 +328,7 @@ class LayeredModel:
         call = move_to_device(group.calls[number], group.state.device)
         for begin in range(0, len(rows), size):
             batch = rows[begin : begin + size]
-            at, column, _ = torch.tensor(batch, device=group.state.device).unbind(1)
+            at, column = group.make_index([(row, column) for row, column, _ in batch])
             named = [(group.sequences[row], variant) for row, _, variant in batch]
             watched = watch.around(number, layer, named) if watch else contextlib.nullcontext()
             with watched, sdpa_kernel(ATTENTION), round_inputs(rounding, layer):

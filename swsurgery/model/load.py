@@ -51,11 +51,12 @@ from swsurgery.model.refusals import (
     refuse_uninstalled,
 )
 from swsurgery.model.run_arguments import refuse_device
-from swsurgery.model.stream import StreamedWeights, allocate_pinned_pieces
+from swsurgery.model.stream import StreamedWeights
 from swsurgery.model.tokenizer import Tokenizer
 from swsurgery.model.torch_dtypes import get_streamed_dtype
 from swsurgery.model.transformers_private import AutoClass, get_language_model_class, no_init_weights, serve_metadata
 from swsurgery.model.weight_plan import plan_weights
+from swsurgery.model.weight_reader import allocate_pinned_pieces, count_readers
 
 COMFORTABLE_SHARE = 0.6
 """Maximum share of a device's free memory that float32 weights may fill. The rest is left for logits."""
@@ -185,6 +186,7 @@ def _open_streamed(checkpoint: Checkpoint, target: torch.device, name: str) -> L
     with convert_run_errors(target, streamed=True):
         _move_computed_buffers(model, layers, devices)
         weights = StreamedWeights(plan_weights(model, layers, checkpoint), devices)
+        weights.start()
         streamed = LayeredModel(model, checkpoint, weights, devices[0], load_other)
         if not streamed.is_layered([0, 1, 2]):
             raise ModelError("cannot be read layer by layer: its layers cannot be called one by one", checkpoint.root)
@@ -253,7 +255,7 @@ def _wake(device: torch.device, dtype: torch.dtype) -> None:
     This takes a second, so a thread does it while the model is being built.
     """
     with contextlib.suppress(RuntimeError), torch.no_grad():
-        del allocate_pinned_pieces()[:]  # torch keeps freed memory for the next request
+        del allocate_pinned_pieces(2 * count_readers())[:]  # torch keeps freed memory for the next request
         x = torch.zeros(1, 64, 64, device=device, dtype=dtype)
         functional.silu(functional.linear(x, x[0]))
         with sdpa_kernel(ATTENTION):

@@ -12,8 +12,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from swsurgery.model.stream import Job, Loader, WeightReader, set_parameters
-from swsurgery.model.weight_plan import Slot, WeightPlan, compute_layout
+from swsurgery.model.stream import set_parameters
+from swsurgery.model.weight_plan import Slot, WeightPlan
+from swsurgery.model.weight_reader import Job, Loader, WeightReader
 
 
 class OtherTensors:
@@ -119,9 +120,7 @@ class OtherTensors:
         return Job(self._list_slots(index, number), self._get_device(number))
 
     def _read(self, slots: tuple[Slot, ...], device: torch.device) -> Tensor:
-        memory = torch.empty(compute_layout(slots)[1], dtype=torch.uint8, device=device)
-        self._open().fill(slots, memory, device)
-        return memory
+        return self._open().read(slots, device)
 
     def _open(self) -> WeightReader:
         self._reader = self._reader or WeightReader(self._devices)
@@ -137,9 +136,7 @@ def find_changed_by_loader(plan: WeightPlan, device: torch.device) -> str | None
     reader = WeightReader([device])
     try:
         for slot in plan.slots:
-            memory = torch.empty(compute_layout([slot])[1], dtype=torch.uint8, device=device)
-            reader.fill([slot], memory, device)
-            stored = memory[: slot.size].view(slot.dtype).view(slot.shape)
+            stored = reader.read([slot], device)[: slot.size].view(slot.dtype).view(slot.shape)
             loaded = _get_tensors(slot.module, slot.name)[slot.name]
             assert loaded is not None
             if loaded.device.type == "meta" or loaded.dtype != slot.dtype:
@@ -159,8 +156,7 @@ def replace_parameters(plan: WeightPlan) -> None:
     reader = WeightReader([cpu])
     try:
         for slot in plan.slots:
-            memory = torch.empty(compute_layout([slot])[1], dtype=torch.uint8)
-            reader.fill([slot], memory, cpu)
+            memory = reader.read([slot], cpu)
             loaded = _get_tensors(slot.module, slot.name)[slot.name]
             assert loaded is not None
             loaded.data.copy_(memory[: slot.size].view(slot.dtype).view(slot.shape))

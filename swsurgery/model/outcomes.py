@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -121,6 +121,18 @@ class Group:
     sequences: list[int]
     calls: list[Call]
     state: Tensor
+    _made: dict[tuple[torch.device, tuple[tuple[int, int], ...]], Tensor] = field(default_factory=dict)
+
+    def make_index(self, rows: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+        """Return the numbers of the sequences and of the columns of some rows, as two tensors on the state's device.
+
+        The tensors are made once, because each copy to a device waits until the device has computed all earlier layers.
+        """
+        key = (self.state.device, tuple(rows))
+        if key not in self._made:
+            self._made[key] = torch.tensor(rows, device=self.state.device)
+        at, column = self._made[key].unbind(1)
+        return at, column
 
 
 class Columns:
@@ -172,9 +184,13 @@ def join_outcomes(parts: Sequence[Outcomes], order: Sequence[int]) -> Outcomes:
 
 
 class Peaks:
-    """Collects the largest absolute hidden state of each sequence and variant after each decoder layer."""
+    """Collects the largest absolute hidden state of each sequence and variant after each decoder layer.
+
+    The device computes them. They are copied to main memory when they are first listed, so that a layer is not delayed.
+    """
 
     def __init__(self) -> None:
+        self._found: list[tuple[int, int, list[int], list[int], Tensor, Tensor]] = []
         self._seen: dict[int, list[tuple[int, int, list[int], list[int], list[float]]]] = defaultdict(list)
 
     def look(self, layer: int, group: Group, columns: Sequence[int]) -> None:
@@ -184,15 +200,14 @@ class Peaks:
         for at, rows in enumerate(flat):  # one sequence at a time, because abs() allocates a copy
             where[at] = rows.abs().nan_to_num(nan=torch.inf).argmax(dim=1)
         values = flat.gather(2, where[..., None])[..., 0]
-        for at, sequence in enumerate(group.sequences):
-            found = where[at].tolist(), values[at].tolist()
-            self._seen[sequence].append((layer, group.state.shape[-1], list(columns), *found))
+        self._found.append((layer, group.state.shape[-1], list(columns), group.sequences, where, values))
 
     def list_by_layer(self, sequence: int, variant: int) -> tuple[Peak, ...]:
         """Return the largest hidden state of a variant in a sequence after each layer, in the order of the layers.
 
         If the model runs a layer several times, the entry of the layer is the largest of all runs.
         """
+        self._copy_to_lists()
         found: dict[int, Peak] = {}
         for layer, channels, columns, where, values in self._seen[sequence]:
             at = columns[variant]
@@ -200,3 +215,9 @@ class Peaks:
             if layer not in found or compute_magnitude(peak.value) > compute_magnitude(found[layer].value):
                 found[layer] = peak
         return tuple(found[layer] for layer in sorted(found))
+
+    def _copy_to_lists(self) -> None:
+        for layer, channels, columns, sequences, where, values in self._found:
+            for sequence, places, found in zip(sequences, where.tolist(), values.tolist(), strict=True):
+                self._seen[sequence].append((layer, channels, columns, places, found))
+        self._found.clear()

@@ -1,0 +1,65 @@
+"""Measure the limits of a machine: how fast it reads cached files, and how fast it copies to a CUDA device.
+
+The other benchmarks call these functions, so that each table states the limits of the same run.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+PIECE = 8 << 20
+"""Number of bytes that one call of `preadv` reads."""
+
+
+def measure_reads(files: Sequence[Path], threads: int, most: int = 16 << 30) -> float:
+    """Return the rate in GB/s at which `threads` threads read `files` with `preadv`, up to `most` bytes in total."""
+    pieces = [(file, at) for file in files for at in range(0, file.stat().st_size - PIECE + 1, PIECE)][: most // PIECE]
+    opened = {file: os.open(file, os.O_RDONLY) for file in files}
+    waiting = iter(pieces)
+    lock = threading.Lock()
+
+    def read() -> None:
+        buffer = bytearray(PIECE)
+        buffer[::4096] = b"\1" * len(range(0, PIECE, 4096))  # so that the memory exists before the clock starts
+        barrier.wait()
+        while True:
+            with lock:
+                piece = next(waiting, None)
+            if piece is None:
+                return
+            os.preadv(opened[piece[0]], [buffer], piece[1])
+
+    barrier = threading.Barrier(threads + 1)
+    workers = [threading.Thread(target=read) for _ in range(threads)]
+    for worker in workers:
+        worker.start()
+    barrier.wait()
+    begin = time.perf_counter()
+    for worker in workers:
+        worker.join()
+    seconds = time.perf_counter() - begin
+    for descriptor in opened.values():
+        os.close(descriptor)
+    return len(pieces) * PIECE / seconds / 1e9
+
+
+def measure_copies(device: int = 0, total: int = 8 << 30) -> float:
+    """Return the rate in GB/s at which `device` receives copies of PIECE bytes from pinned memory."""
+    import torch
+
+    pinned = [torch.empty(PIECE, dtype=torch.uint8, pin_memory=True) for _ in range(8)]
+    there = torch.empty(8 * PIECE, dtype=torch.uint8, device=f"cuda:{device}")
+    rates = []
+    for _ in range(3):
+        torch.cuda.synchronize(device)
+        begin = time.perf_counter()
+        for number in range(total // PIECE):
+            at = number % 8
+            there[at * PIECE : (at + 1) * PIECE].copy_(pinned[at], non_blocking=True)
+        torch.cuda.synchronize(device)
+        rates.append(total // PIECE * PIECE / (time.perf_counter() - begin) / 1e9)
+    return max(rates)
