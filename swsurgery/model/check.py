@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from swsurgery.checkpoint.checkpoint import Checkpoint
-from swsurgery.errors import ModelError, Unrunnable
-from swsurgery.model import Placement, ScalarChange, explain_unavailable
-from swsurgery.model.refusals import refuse_unrunnable
+from swsurgery.errors import ModelError
+from swsurgery.model import Placement, ScalarChange, tokens
 from swsurgery.model.report import CheckedBounds, CheckReport, Continuations, Generation, RoundedSide
-from swsurgery.model.tokenizer import start
+from swsurgery.model.start_up import start_up
+from swsurgery.model.tokenizer import Tokenizer
 from swsurgery.model.variant import Rounding, Scalars, Variant, describe_rounding
-from swsurgery.progress import LOADING, Progress, Silent
+from swsurgery.progress import Progress, Silent
 from swsurgery.storage.dtypes import decode
-from swsurgery.storage.numeric import load_numpy
 
 if TYPE_CHECKING:
     from swsurgery.model.measure import Totals
@@ -88,31 +88,30 @@ def run_checks(
     or the tokenizer cannot be loaded, or if a changed scalar is not in the loaded model. A failed check raises nothing:
     its reasons are in `CheckReport.failures`.
     """
-    directory = _prepare(checkpoint, changes, Silent() if progress is None else progress)
+    text = read_built_in_text() if text is None else text
+    prompts = PROMPTS if prompts is None else prompts
+    _compare(checkpoint, changes)
+    words = start_up(checkpoint, device, progress or Silent(), lambda: _tokenize(checkpoint.directory, text, prompts))
     import torch
     import transformers
 
     from swsurgery.model import load, measure
     from swsurgery.model.pair import open_pair
 
-    text = read_built_in_text() if text is None else text
-    prompts = PROMPTS if prompts is None else prompts
     with load.hide_output():
-        tokenizer = load.load_tokenizer(directory)
         old: Scalars = {c.coordinate: c.base for c in changes}
         pair = open_pair(checkpoint, base, old, device=device, placement=placement, say=say)
         paired, sides = pair.patched, 2 if pair.has_base else 1
         vocabulary = measure.get_vocabulary_size(paired.model)
         context = load.get_context_length(paired.model)
-        bos = measure.get_bos_prefix(tokenizer)
-        longest = min(window, context - len(bos))
-        pieces = measure.cut_windows(measure.encode(tokenizer, text), bos, windows, longest)
-        beginnings = [bos + measure.encode(tokenizer, prompt) for prompt in prompts]
+        longest = min(window, context - len(words.bos))
+        pieces = tokens.cut_windows(words.text, words.bos, windows, longest)
+        beginnings = words.prompts
         _refuse_lengths(prompts, beginnings, context)
         measure.refuse_unknown_tokens(paired.model, pieces + beginnings)
 
         count = sides * (1 + len(roundings))
-        totals = measure.Totals(measure.stop_word_tokens(tokenizer, vocabulary), count)
+        totals = measure.Totals([token for token in words.stop_words if token < vocabulary], count)
         continuations = []
         with load.convert_run_errors(paired.device, paired.weights is not None):
             for outcomes in pair.run([*pieces, *beginnings], roundings, progress):
@@ -121,10 +120,10 @@ def run_checks(
                     totals.add_window(pieces[outcomes.sequence], outcomes)
                     continue
                 totals.look(outcomes)
-                tops = [measure.list_top_tokens(tokenizer, outcomes.logits[at]) for at in range(sides)]
+                tops = [measure.list_top_tokens(words.tokenizer, outcomes.logits[at]) for at in range(sides)]
                 continuations.append(Continuations(prompts[number], tops[0], tops[-1]))
             made = pair.generate(beginnings, generate, context, progress or Silent()) if generate else []
-        texts = [tokenizer.batch_decode(side) for side in made]
+        texts = [words.tokenizer.batch_decode(side) for side in made]
         last = sides - 1
         interval = totals.compute_ratio_interval(last)
         return CheckReport(
@@ -136,7 +135,7 @@ def run_checks(
             kl=totals.compute_mean_kl(last),
             prompts=tuple(continuations),
             windows=len(pieces),
-            window_tokens=max(map(len, pieces)) - len(bos),
+            window_tokens=max(map(len, pieces)) - len(words.bos),
             scored_tokens=totals.scored,
             text_sha256=hashlib.sha256(text.encode()).hexdigest(),
             method=pair.method,
@@ -170,29 +169,24 @@ def _make_rounded(totals: Totals, number: int, side: str, rounding: Rounding) ->
     )
 
 
-def _prepare(checkpoint: Checkpoint, changes: Sequence[ScalarChange], progress: Progress) -> Path:
-    """Check what can be checked without a model, start the tokenizer's process, and import torch and transformers.
+@dataclass(frozen=True)
+class _Tokenized:
+    """The token ids of a text and of prompts, and those of all stop words."""
 
-    Returns the directory of `checkpoint`. Raises ModelError if a library, a file or memory is missing, or if a changed
-    scalar does not have its patched value.
-    """
-    if reason := explain_unavailable():
-        raise Unrunnable(reason, "the forward check needs it", "pip install 'swsurgery[check]'")
-    _compare(checkpoint, changes)
-    directory = checkpoint.directory
-    refuse_unrunnable(directory)
-    progress.start(0, "", LOADING)
-    try:
-        load_numpy()
-    except MemoryError as error:
-        raise Unrunnable("not enough memory", "torch cannot be loaded", "raise the limit on memory") from error
-    start()
-    try:
-        from swsurgery.model import load, measure  # noqa: F401 (these modules import torch and transformers)
-    except (ImportError, OSError) as error:  # installed but broken: a shared library may be missing
-        what = f"torch or transformers cannot be imported: {type(error).__name__}"
-        raise Unrunnable(what, error, "install them again") from error
-    return directory
+    tokenizer: Tokenizer
+    bos: list[int]
+    text: list[int]
+    prompts: list[list[int]]
+    stop_words: list[int]
+
+
+def _tokenize(directory: Path, text: str, prompts: Sequence[str]) -> _Tokenized:
+    """Load the tokenizer in `directory` and run it. Raises ModelError."""
+    tokenizer = Tokenizer(directory)
+    bos = tokens.get_bos_prefix(tokenizer)
+    beginnings = [bos + tokens.encode(tokenizer, prompt) for prompt in prompts]
+    stop_words = tokens.stop_word_tokens(tokenizer, len(tokenizer))
+    return _Tokenized(tokenizer, bos, tokens.encode(tokenizer, text), beginnings, stop_words)
 
 
 def _refuse_lengths(prompts: Sequence[str], sequences: Sequence[Sequence[int]], context: int) -> None:

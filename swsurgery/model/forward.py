@@ -28,7 +28,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import sdpa_kernel
 from transformers import PreTrainedModel
 
 from swsurgery.checkpoint.checkpoint import Checkpoint
@@ -51,8 +51,10 @@ from swsurgery.model.interfaces import LoadOther, Watch, Weights
 from swsurgery.model.other_tensors import OtherTensors, find_changed_by_loader
 from swsurgery.model.outcomes import Columns, Group, Outcomes, Peak, Peaks, join_outcomes, make_logits
 from swsurgery.model.places import Places, find_decoder_layers
+from swsurgery.model.slots import WeightPlan
 from swsurgery.model.variant import AnyVariant, Rounding, Variant
-from swsurgery.model.weight_plan import WeightPlan, plan_tensors
+from swsurgery.model.wake import ATTENTION
+from swsurgery.model.weight_plan import plan_tensors
 from swsurgery.progress import Progress, Silent
 
 TOKENS_AT_ONCE, GPU_FACTOR = 2048, 4
@@ -60,9 +62,6 @@ TOKENS_AT_ONCE, GPU_FACTOR = 2048, 4
 small layer takes less time to compute there than Python needs to call it. Otherwise more tokens would need more memory
 and gain no speed."""
 
-ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-"""Attention kernels that torch may use. cuDNN's kernel is excluded: on an H100 it takes half a second to plan each new
-input shape. The rest of a run of a 13.5 GB model takes no longer than that."""
 
 
 class LayeredModel:

@@ -12,9 +12,7 @@ import copy
 import io
 import logging as python_logging
 import math
-import os
 import sys
-import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -23,8 +21,6 @@ from typing import Any, cast
 import torch
 import transformers
 from torch import nn
-from torch.nn import functional
-from torch.nn.attention import sdpa_kernel
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
@@ -32,7 +28,7 @@ from transformers.utils import logging
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.errors import ModelError, Unrunnable
 from swsurgery.model import Placement
-from swsurgery.model.forward import ATTENTION, LayeredModel
+from swsurgery.model.forward import LayeredModel
 from swsurgery.model.load_errors import (
     LOADING_ERRORS,
     get_first_line,
@@ -56,7 +52,7 @@ from swsurgery.model.tokenizer import Tokenizer
 from swsurgery.model.torch_dtypes import get_streamed_dtype
 from swsurgery.model.transformers_private import AutoClass, get_language_model_class, no_init_weights, serve_metadata
 from swsurgery.model.weight_plan import plan_weights
-from swsurgery.model.weight_reader import allocate_pinned_pieces, count_readers
+from swsurgery.storage.memory import measure_available_memory
 
 COMFORTABLE_SHARE = 0.6
 """Maximum share of a device's free memory that float32 weights may fill. The rest is left for logits."""
@@ -201,9 +197,6 @@ def _build_without_weights(checkpoint: Checkpoint, target: torch.device) -> PreT
     config = _read_config(checkpoint.directory)
     text = config.get_text_config()
     dtype = getattr(config, "dtype", None) or getattr(text, "dtype", None) or _find_stored_dtype(checkpoint)
-    if target.type == "cuda":
-        with contextlib.suppress(RuntimeError):  # if no thread can start, CUDA starts up when it is first used
-            threading.Thread(target=_wake, args=(target, dtype), daemon=True).start()
     if getattr(config, "quantization_config", None) or getattr(text, "quantization_config", None):
         raise ModelError("cannot be read layer by layer: its config says that it is quantised", checkpoint.root)
     with no_init_weights(), _build_on_meta():
@@ -247,27 +240,6 @@ def _find_stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
     """
     found = (get_streamed_dtype(checkpoint.get_info(tensor).dtype.name) for tensor in checkpoint.shapes)
     return next((dtype for dtype in found if dtype is not None and dtype.is_floating_point), torch.float32)
-
-
-def _wake(device: torch.device, dtype: torch.dtype) -> None:
-    """Make CUDA pin memory and load the kernels that every layer needs, before the first layer runs.
-
-    This takes a second, so a thread does it while the model is being built.
-    """
-    with contextlib.suppress(RuntimeError), torch.no_grad():
-        del allocate_pinned_pieces(2 * count_readers())[:]  # torch keeps freed memory for the next request
-        x = torch.zeros(1, 64, 64, device=device, dtype=dtype)
-        functional.silu(functional.linear(x, x[0]))
-        with sdpa_kernel(ATTENTION):
-            functional.scaled_dot_product_attention(x[None], x[None], x[None], is_causal=True)
-        first = torch.zeros(8, dtype=torch.long, device=device)
-        functional.embedding(first, x[0])
-        x[first, first] = x[first, first]
-        x.abs().nan_to_num().argmax(dim=1)
-        log = x.float().log_softmax(-1)
-        (log.exp() * log).sum(-1).double()
-        log.gather(-1, first[None, :, None]).isfinite().all()
-        torch.cuda.synchronize(device)
 
 
 @contextlib.contextmanager
@@ -381,15 +353,22 @@ def get_context_length(model: PreTrainedModel) -> int:
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
-    """Load the tokenizer in `directory` in a separate process.
+    """Load the tokenizer in `directory` in a separate process. Raises Unrunnable as `explain_tokenizer` does."""
+    with explain_tokenizer(directory):
+        return Tokenizer(directory)
 
-    Raises Unrunnable if the tokenizer cannot be loaded, if a file is a git-lfs pointer, or if transformers cannot read
-    config.json.
+
+@contextlib.contextmanager
+def explain_tokenizer(directory: Path) -> Iterator[None]:
+    """Find the cause if a tokenizer cannot be loaded, for the length of a `with` block.
+
+    Raises Unrunnable if a file is a git-lfs pointer, if there is no tokenizer, if transformers cannot read config.json,
+    or if the block raises it.
     """
     refuse_pointers(directory)
     refuse_dtype(directory)
     try:
-        return Tokenizer(directory)
+        yield
     except Unrunnable as error:
         if not has_tokenizer(directory):
             raise make_tokenizer_error(directory) from error
@@ -420,9 +399,4 @@ def _measure_free_bytes(device: torch.device) -> int:
     """Return the free memory of `device` in bytes; for a CPU, the memory available without swapping."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    with contextlib.suppress(OSError), open("/proc/meminfo", encoding="ascii") as lines:
-        for line in lines:
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    pages = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"  # macOS has the second
-    return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
+    return measure_available_memory()

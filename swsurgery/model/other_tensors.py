@@ -12,8 +12,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from swsurgery.model.slots import Slot, WeightPlan
 from swsurgery.model.stream import set_parameters
-from swsurgery.model.weight_plan import Slot, WeightPlan
 from swsurgery.model.weight_reader import Job, Loader, WeightReader
 
 

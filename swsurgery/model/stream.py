@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from swsurgery.model.weight_plan import Slot, WeightPlan, compute_layout
+from swsurgery.model.slots import Slot, WeightPlan, compute_layout
 from swsurgery.model.weight_reader import Buffer, Filling, Job, Loader, WeightReader
 
 

@@ -11,7 +11,6 @@ import contextlib
 import math
 import re
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -22,13 +21,11 @@ from swsurgery.checkpoint.projections import list_loaded_candidates, name_prefix
 from swsurgery.errors import ModelError
 from swsurgery.model.places import find_decoder, find_output_embeddings
 from swsurgery.model.refusals import HEAD_NAMES, make_missing_error
+from swsurgery.model.slots import Part, Slot, WeightPlan
 from swsurgery.model.torch_dtypes import get_streamed_dtype
 from swsurgery.model.transformers_private import list_names_kept_in_float32
 from swsurgery.storage.coordinate import Coordinate
-from swsurgery.storage.files import File, has_same_bytes
-
-ALIGNMENT = 256
-"""Each parameter begins at a multiple of this many bytes in a buffer."""
+from swsurgery.storage.files import has_same_bytes
 
 RENAMED = (
     (".mlp.", ".block_sparse_moe."),
@@ -56,44 +53,6 @@ JOINED = {
 }
 """Parameters that transformers makes by joining several stored tensors, as (the axis, the endings of the stored names
 in order)."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """Stored bytes of some or all rows of a parameter.
-
-    They are `size` bytes at `offset` of a shard, which store the tensor `tensor`. Their first value has the flat index
-    `element` in the parameter.
-    """
-
-    tensor: str
-    file: File
-    offset: int
-    size: int
-    dtype: torch.dtype
-    element: int
-
-
-@dataclass(frozen=True)
-class Slot:
-    """One parameter or buffer of the model, and the stored parts from which it is read.
-
-    `owners` are the modules that share the parameter, each with the parameter's name in that module. The first owner is
-    `module` with `name`. `head` is True if only the language-model head needs the parameter.
-    """
-
-    module: nn.Module
-    name: str
-    shape: torch.Size
-    dtype: torch.dtype
-    parts: tuple[Part, ...]
-    owners: tuple[tuple[nn.Module, str], ...]
-    head: bool
-
-    @property
-    def size(self) -> int:
-        """Size of the parameter in a buffer, in bytes."""
-        return self.shape.numel() * self.dtype.itemsize
 
 
 _Holder = tuple[str, nn.Module, str]
@@ -225,28 +184,6 @@ def _find_stored_forms(
 def _is_both_floating(one: torch.dtype, other: torch.dtype) -> bool:
     """Return True if both dtypes are floating-point, so that values of one can be converted to the other."""
     return one.is_floating_point and other.is_floating_point
-
-
-@dataclass(frozen=True)
-class WeightPlan:
-    """The parameters and buffers (slots) to be read for each layer, and those of the modules outside the layers."""
-
-    layers: tuple[tuple[Slot, ...], ...]
-    outside: tuple[Slot, ...]
-
-    @property
-    def slots(self) -> list[Slot]:
-        """All slots, those outside the layers first."""
-        return [*self.outside, *(slot for slots in self.layers for slot in slots)]
-
-
-def compute_layout(slots: Sequence[Slot]) -> tuple[list[int], int]:
-    """Compute the offset of each slot in a buffer, and the length of the buffer, in bytes."""
-    begins, end = [], 0
-    for slot in slots:
-        begins.append(end)
-        end += -(-slot.size // ALIGNMENT) * ALIGNMENT
-    return begins, end
 
 
 def _find_loaded_dtype(model: PreTrainedModel, path: str, tensor: Tensor) -> torch.dtype:

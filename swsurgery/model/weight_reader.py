@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from swsurgery.model.weight_plan import Part, Slot, compute_layout
+from swsurgery.model.slots import Part, Slot, compute_layout
 from swsurgery.storage.files import File, fill
 from swsurgery.threads import Pool
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedModel
 
-from swsurgery.model import load, measure
+from swsurgery.model import load, measure, tokens
 from swsurgery.model.forward import LayeredModel
 from swsurgery.model.tokenizer import Tokenizer
 
@@ -24,9 +24,9 @@ def cut_text_windows(
     This number, which excludes BOS, is `window`, or less if the model's context or the text is shorter. Raises
     ModelError if no window can be cut, or if a token id is not in the model's vocabulary.
     """
-    bos = measure.get_bos_prefix(tokenizer)
+    bos = tokens.get_bos_prefix(tokenizer)
     longest = min(window, load.get_context_length(model) - len(bos))
-    pieces = measure.cut_windows(measure.encode(tokenizer, text), bos, windows, longest)
+    pieces = tokens.cut_windows(tokens.encode(tokenizer, text), bos, windows, longest)
     measure.refuse_unknown_tokens(model, pieces)
     return pieces, max(map(len, pieces)) - len(bos)
 

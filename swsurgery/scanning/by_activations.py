@@ -26,7 +26,7 @@ from torch import Tensor
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.checkpoint.projections import DownProjection
 from swsurgery.errors import ModelError, Unrunnable, list_some, pluralise
-from swsurgery.model import Placement, load, measure
+from swsurgery.model import Placement, load, measure, tokens
 from swsurgery.model.check import PROMPTS as CONTINUED
 from swsurgery.model.forward import LayeredModel
 from swsurgery.progress import Progress
@@ -109,8 +109,8 @@ def open_with_prompts(
     """
     tokenizer = load.load_tokenizer(checkpoint.directory)
     model = load.open_model(checkpoint, device=device, placement=placement, say=say)
-    bos, longest = measure.get_bos_prefix(tokenizer), load.get_context_length(model.model)
-    sequences = [[*bos, *measure.encode(tokenizer, prompt)][:longest] for prompt in prompts]
+    bos, longest = tokens.get_bos_prefix(tokenizer), load.get_context_length(model.model)
+    sequences = [[*bos, *tokens.encode(tokenizer, prompt)][:longest] for prompt in prompts]
     measure.refuse_unknown_tokens(model.model, sequences)
     return model, sequences, bool(bos)
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypedDict, TypeVar
 
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.errors import ModelError
-from swsurgery.model import Placement, load, measure
+from swsurgery.model import Placement, load, tokens
 from swsurgery.model.check import read_built_in_text
 from swsurgery.model.forward import LayeredModel
 from swsurgery.model.intervals import LEAST_WINDOWS
@@ -72,8 +72,8 @@ def refuse_text(checkpoint: Checkpoint, text: str | None, windows: int, window: 
     """
     with load.hide_output():
         tokenizer = load.load_tokenizer(checkpoint.directory)
-        measure.cut_windows(
-            measure.encode(tokenizer, read_built_in_text() if text is None else text), [], windows, window
+        tokens.cut_windows(
+            tokens.encode(tokenizer, read_built_in_text() if text is None else text), [], windows, window
         )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.editing.overlay import overlay_checkpoint
 from swsurgery.editing.plan import Plan
-from swsurgery.model import Placement, load, measure
+from swsurgery.model import Placement, load, measure, tokens
 from swsurgery.model.check import read_built_in_text
 from swsurgery.model.torch_dtypes import TORCH_DTYPES
 from swsurgery.model.variant import Rounding, Scalars, Variant, describe_rounding
@@ -56,7 +56,7 @@ def compare_plans(
         tokenizer = load.load_tokenizer(checkpoint.directory)
         model = load.open_model(checkpoint, device=device, placement=placement, say=say)
         pieces, longest = cut_text_windows(model.model, tokenizer, text, windows, window)
-        stop_tokens = measure.stop_word_tokens(tokenizer, measure.get_vocabulary_size(model.model))
+        stop_tokens = tokens.stop_word_tokens(tokenizer, measure.get_vocabulary_size(model.model))
         models: list[ComparedModel] = []
         with load.convert_run_errors(model.device, model.weights is not None):
             at_once = count_variants_at_once(model, pieces)

@@ -21,7 +21,7 @@ from tiny_checkpoint import TEXT, Pair, write_pair
 from swsurgery.checkpoint.opening import open_checkpoint
 from swsurgery.cli import show
 from swsurgery.errors import ModelError
-from swsurgery.model import figures, load, measure
+from swsurgery.model import figures, load, measure, tokens
 from swsurgery.model.check import PROMPTS, read_built_in_text, run_checks
 from swsurgery.model.forward import LayeredModel
 from swsurgery.model.outcomes import Outcomes, make_logits
@@ -134,10 +134,10 @@ def test_stop_word_tokens_are_whole_words_in_any_case() -> None:
     words = ["The", " the", "THE", "  the", "theory", "th", "the ", "river", " Wherever", " Whichever"]
     tokenizer.add_tokens(words)
     ids = tokenizer.convert_tokens_to_ids(words)
-    found = measure.stop_word_tokens(tokenizer, len(tokenizer))
+    found = tokens.stop_word_tokens(tokenizer, len(tokenizer))
     assert [word for word, i in zip(words, ids, strict=True) if i in found] == ["The", " the", "THE", " Whichever"]
     assert ids[-1] == found[-1]
-    assert measure.stop_word_tokens(tokenizer, ids[-1]) == found[:-1]  # logits that end before this token
+    assert tokens.stop_word_tokens(tokenizer, ids[-1]) == found[:-1]  # logits that end before this token
 
 
 def test_next_tokens_are_the_five_likeliest(pair: Pair, report: CheckReport) -> None:
@@ -245,14 +245,14 @@ def test_a_perplexity_too_large_for_a_float_is_infinite_and_the_ratio_is_not() -
     ],
 )
 def test_windows_do_not_overlap(tokens: int, windows: int, window: int, expected: list[list[int]]) -> None:
-    assert measure.cut_windows(range(tokens), [], windows, window) == expected
-    assert measure.cut_windows(range(tokens), [99], windows, window) == [[99, *ids] for ids in expected]
+    assert tokens.cut_windows(range(tokens), [], windows, window) == expected
+    assert tokens.cut_windows(range(tokens), [99], windows, window) == [[99, *ids] for ids in expected]
 
 
 @pytest.mark.parametrize(("tokens", "windows", "window"), [(0, 16, 4), (1, 16, 4), (9, 0, 4), (9, 16, 1), (9, 16, 0)])
 def test_no_window_is_refused(tokens: int, windows: int, window: int) -> None:
     with pytest.raises(ModelError, match=r"^(the text is too short|the windows are too few or too short): \d"):
-        measure.cut_windows(range(tokens), [], windows, window)
+        tokens.cut_windows(range(tokens), [], windows, window)
 
 
 def test_a_window_is_no_longer_than_the_context(tmp_path: Path) -> None:
@@ -261,8 +261,8 @@ def test_a_window_is_no_longer_than_the_context(tmp_path: Path) -> None:
 
 
 def test_bos_is_put_in_front_only_where_the_tokenizer_does() -> None:
-    assert measure.get_bos_prefix(tiny_checkpoint.make_tokenizer(bos=True)) == [0]
-    assert measure.get_bos_prefix(tiny_checkpoint.make_tokenizer(bos=False)) == []
+    assert tokens.get_bos_prefix(tiny_checkpoint.make_tokenizer(bos=True)) == [0]
+    assert tokens.get_bos_prefix(tiny_checkpoint.make_tokenizer(bos=False)) == []
 
 
 # Text ----------------------------------------------------------------------------------------------------------------

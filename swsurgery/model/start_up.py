@@ -1,0 +1,76 @@
+"""Do the slow parts of starting a model at the same time: imports, tokenizer, CUDA, and reading shards from the disk.
+
+The imports of torch and transformers take seconds, and cannot be avoided. Meanwhile, the tokenizer's process starts,
+threads read the shards into the page cache, and CUDA starts up as soon as torch is imported. Importing this module
+loads neither library.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import TypeVar
+
+from swsurgery.checkpoint.checkpoint import Checkpoint
+from swsurgery.errors import Unrunnable
+from swsurgery.model import explain_unavailable, tokenizer
+from swsurgery.model.refusals import refuse_unrunnable
+from swsurgery.progress import LOADING, Progress
+from swsurgery.storage.numeric import load_numpy
+from swsurgery.storage.read_ahead import read_ahead
+from swsurgery.threads import Pool
+
+Result = TypeVar("Result")
+
+MOST_THREADS = 4
+"""Maximum number of threads that read shards ahead: enough to keep a disk busy."""
+
+
+def start_up(
+    checkpoint: Checkpoint, device: str, progress: Progress, tokenize: Callable[[], Result] = lambda: None
+) -> Result:
+    """Start everything that running the model of `checkpoint` needs, and import torch and transformers.
+
+    `device` is a name that `load.pick_device` accepts. `tokenize` is called in another thread during the imports, and
+    its result is returned. `progress` receives the start of a task called LOADING, which ends when the next task
+    begins.
+
+    Raises Unrunnable if a library is missing or broken, if the directory contains no model that can be run, or if the
+    memory is insufficient; and the errors of `tokenize`.
+    """
+    if reason := explain_unavailable():
+        raise Unrunnable(reason, "a model has to be run", "pip install 'swsurgery[check]'")
+    refuse_unrunnable(checkpoint.directory)
+    progress.start(0, "", LOADING)
+    try:
+        load_numpy()
+    except MemoryError as error:
+        raise Unrunnable("not enough memory", "torch cannot be loaded", "raise the limit on memory") from error
+    tokenizer.start()
+    with Pool(2) as pool:
+        tokenized = pool.submit(tokenize)
+        threads = min(MOST_THREADS, len(os.sched_getaffinity(0)) // 2)
+        read_ahead([shard.file for shard in checkpoint.shards.values()], max(1, threads))
+        _import_libraries(
+            device,
+            next((info.dtype.name for shard in checkpoint.shards.values() for info in shard.tensors.values()), None),
+        )
+        from swsurgery.model import load
+
+        with load.explain_tokenizer(checkpoint.directory):
+            return tokenized.result()
+
+
+def _import_libraries(device: str, dtype: str | None) -> None:
+    """Import torch, make the device ready for layers of the stored `dtype`, and import transformers meanwhile."""
+    try:
+        import torch  # noqa: F401 (before transformers, so that CUDA starts up while transformers is imported)
+
+        from swsurgery.model import wake
+        from swsurgery.model.torch_dtypes import get_streamed_dtype
+
+        wake.wake(device, get_streamed_dtype(dtype or "F32"))
+        from swsurgery.model import load, measure  # noqa: F401 (these modules import transformers)
+    except (ImportError, OSError) as error:  # installed but broken: a shared library may be missing
+        what = f"torch or transformers cannot be imported: {type(error).__name__}"
+        raise Unrunnable(what, error, "install them again") from error

@@ -1,0 +1,56 @@
+"""Make CUDA ready in the background, while the main thread imports transformers and builds the model.
+
+This module imports torch, and not transformers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+
+import torch
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from swsurgery.model.weight_reader import allocate_pinned_pieces, count_readers
+
+ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""Attention kernels that torch may use. cuDNN's kernel is excluded: on an H100 it takes half a second to plan each new
+input shape. The rest of a run of a 13.5 GB model takes no longer than that."""
+
+
+def wake(name: str, dtype: torch.dtype | None) -> None:
+    """Start to make the device `name` ready on a thread, if it is a CUDA device; "auto" stands for CUDA if there is any.
+
+    `dtype` is the dtype in which the layers will run. Errors are ignored: `load.pick_device` meets them again.
+    """
+    if name != "cpu":
+        with contextlib.suppress(RuntimeError):  # if no thread can start, CUDA starts up when it is first used
+            threading.Thread(target=_wake_all, args=(name, dtype or torch.float32), daemon=True).start()
+
+
+def _wake_all(name: str, dtype: torch.dtype) -> None:
+    with contextlib.suppress(RuntimeError, AssertionError):
+        if not torch.cuda.is_available():
+            return
+        every = range(torch.cuda.device_count()) if ":" not in name else [int(name.partition(":")[2])]
+        del allocate_pinned_pieces(2 * count_readers(len(every)) * len(every))[:]  # torch keeps freed memory
+        for number in every:
+            _load_kernels(torch.device("cuda", number), dtype)
+
+
+@torch.no_grad()
+def _load_kernels(device: torch.device, dtype: torch.dtype) -> None:
+    """Load the kernels that every layer needs, which otherwise takes most of a second during the first layer."""
+    x = torch.zeros(1, 64, 64, device=device, dtype=dtype)
+    functional.silu(functional.linear(x, x[0]))
+    with sdpa_kernel(ATTENTION):
+        functional.scaled_dot_product_attention(x[None], x[None], x[None], is_causal=True)
+    first = torch.zeros(8, dtype=torch.long, device=device)
+    functional.embedding(first, x[0])
+    x[first, first] = x[first, first]
+    x.abs().nan_to_num().argmax(dim=1)
+    log = x.float().log_softmax(-1)
+    (log.exp() * log).sum(-1).double()
+    log.gather(-1, first[None, :, None]).isfinite().all()
+    torch.cuda.synchronize(device)
