@@ -16,7 +16,7 @@ from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.errors import ModelError
 from swsurgery.model import Placement, ScalarChange, tokens
 from swsurgery.model.report import CheckedBounds, CheckReport, Continuations, Generation, RoundedSide
-from swsurgery.model.start_up import start_up
+from swsurgery.model.start_up import start_up_and_tokenize
 from swsurgery.model.tokenizer import Tokenizer
 from swsurgery.model.variant import Rounding, Scalars, Variant, describe_rounding
 from swsurgery.progress import Progress, Silent
@@ -91,7 +91,9 @@ def run_checks(
     text = read_built_in_text() if text is None else text
     prompts = PROMPTS if prompts is None else prompts
     _compare(checkpoint, changes)
-    words = start_up(checkpoint, device, progress or Silent(), lambda: _tokenize(checkpoint.directory, text, prompts))
+    words = start_up_and_tokenize(
+        checkpoint, device, progress or Silent(), lambda: _tokenize(checkpoint.directory, text, prompts)
+    )
     import torch
     import transformers
 

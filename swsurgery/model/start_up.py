@@ -11,9 +11,10 @@ import os
 from collections.abc import Callable
 from typing import TypeVar
 
+from swsurgery import model
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.errors import Unrunnable
-from swsurgery.model import explain_unavailable, tokenizer
+from swsurgery.model import tokenizer
 from swsurgery.model.refusals import refuse_unrunnable
 from swsurgery.progress import LOADING, Progress
 from swsurgery.storage.numeric import load_numpy
@@ -26,8 +27,13 @@ MOST_THREADS = 4
 """Maximum number of threads that read shards ahead: enough to keep a disk busy."""
 
 
-def start_up(
-    checkpoint: Checkpoint, device: str, progress: Progress, tokenize: Callable[[], Result] = lambda: None
+def start_up(checkpoint: Checkpoint, device: str, progress: Progress) -> None:
+    """Start everything that running a model needs, as `start_up_and_tokenize` does, but tokenize no text."""
+    start_up_and_tokenize(checkpoint, device, progress, lambda: None)
+
+
+def start_up_and_tokenize(
+    checkpoint: Checkpoint, device: str, progress: Progress, tokenize: Callable[[], Result]
 ) -> Result:
     """Start everything that running the model of `checkpoint` needs, and import torch and transformers.
 
@@ -38,7 +44,7 @@ def start_up(
     Raises Unrunnable if a library is missing or broken, if the directory contains no model that can be run, or if the
     memory is insufficient; and the errors of `tokenize`.
     """
-    if reason := explain_unavailable():
+    if reason := model.explain_unavailable():
         raise Unrunnable(reason, "a model has to be run", "pip install 'swsurgery[check]'")
     refuse_unrunnable(checkpoint.directory)
     progress.start(0, "", LOADING)
@@ -51,17 +57,19 @@ def start_up(
         tokenized = pool.submit(tokenize)
         threads = min(MOST_THREADS, len(os.sched_getaffinity(0)) // 2)
         read_ahead([shard.file for shard in checkpoint.shards.values()], max(1, threads))
-        _import_libraries(
-            device,
-            next((info.dtype.name for shard in checkpoint.shards.values() for info in shard.tensors.values()), None),
-        )
+        _import_libraries(device, _find_dtype(checkpoint))
         from swsurgery.model import load
 
         with load.explain_tokenizer(checkpoint.directory):
             return tokenized.result()
 
 
-def _import_libraries(device: str, dtype: str | None) -> None:
+def _find_dtype(checkpoint: Checkpoint) -> str:
+    """Return the dtype of the first stored tensor; F32 if nothing is stored."""
+    return next((info.dtype.name for shard in checkpoint.shards.values() for info in shard.tensors.values()), "F32")
+
+
+def _import_libraries(device: str, dtype: str) -> None:
     """Import torch, make the device ready for layers of the stored `dtype`, and import transformers meanwhile."""
     try:
         import torch  # noqa: F401 (before transformers, so that CUDA starts up while transformers is imported)
@@ -69,7 +77,7 @@ def _import_libraries(device: str, dtype: str | None) -> None:
         from swsurgery.model import wake
         from swsurgery.model.torch_dtypes import get_streamed_dtype
 
-        wake.wake(device, get_streamed_dtype(dtype or "F32"))
+        wake.start_device(device, get_streamed_dtype(dtype))
         from swsurgery.model import load, measure  # noqa: F401 (these modules import transformers)
     except (ImportError, OSError) as error:  # installed but broken: a shared library may be missing
         what = f"torch or transformers cannot be imported: {type(error).__name__}"

@@ -19,10 +19,11 @@ ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBack
 input shape. The rest of a run of a 13.5 GB model takes no longer than that."""
 
 
-def wake(name: str, dtype: torch.dtype | None) -> None:
-    """Start to make the device `name` ready on a thread, if it is a CUDA device; "auto" stands for CUDA if there is any.
+def start_device(name: str, dtype: torch.dtype | None) -> None:
+    """Start to make the device `name` ready on a thread, if it is a CUDA device.
 
-    `dtype` is the dtype in which the layers will run. Errors are ignored: `load.pick_device` meets them again.
+    "auto" stands for CUDA if there is any. `dtype` is the dtype in which the layers will run. Errors are ignored:
+    `load.pick_device` meets them again.
     """
     if name != "cpu":
         with contextlib.suppress(RuntimeError):  # if no thread can start, CUDA starts up when it is first used

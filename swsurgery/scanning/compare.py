@@ -17,11 +17,12 @@ from swsurgery.errors import ManifestError
 from swsurgery.hub import download_checkpoint
 from swsurgery.manifest.load import LoadedManifest, ManifestLike, load_manifest
 from swsurgery.model import Placement
+from swsurgery.model.start_up import start_up
 from swsurgery.model.variant import PerActivation, list_roundings
 from swsurgery.progress import Reporter, Rounds, require_reporter
 from swsurgery.scanning import figures
 from swsurgery.scanning.comparison import Comparison
-from swsurgery.scanning.run_options import RunOptions, require_model
+from swsurgery.scanning.run_options import RunOptions
 from swsurgery.storage.arguments import require_path
 
 
@@ -63,7 +64,7 @@ def compare(
         entered = stack.enter_context(held(download_checkpoint(find_base(loaded[0], base))))
         checkpoint = read_checkpoint(entered, loaded[0].manifest.base)
         plans = [check_planned(make_plan(one, checkpoint), reporter) for one in loaded]
-        require_model(checkpoint.directory, reporter)
+        start_up(checkpoint, options.device, reporter)
         from swsurgery.scanning.measure_comparison import compare_plans
 
         found = compare_plans(

@@ -10,10 +10,11 @@ from collections.abc import Sequence
 
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.errors import add_remedy
+from swsurgery.model.start_up import start_up
 from swsurgery.progress import Reporter, Rounds
 from swsurgery.scanning.expert_report import ExpertScan
 from swsurgery.scanning.report import Method, Scan
-from swsurgery.scanning.run_options import RunOptions, require_model
+from swsurgery.scanning.run_options import RunOptions
 from swsurgery.storage import numeric
 
 
@@ -34,7 +35,7 @@ def find_candidates(
     by_weights = "--method weights without --confirm" if confirm else "--method weights"
     with add_remedy("leave out --confirm" if method == "weights" else by_weights):
         if method == "activations" or confirm:
-            require_model(checkpoint.directory, reporter)
+            start_up(checkpoint, options.device, reporter)
         if confirm:
             _refuse_text(checkpoint, options)
         if method == "activations":
@@ -64,7 +65,7 @@ def _find_experts(
     checkpoint: Checkpoint, prompts: Sequence[str] | None, confirm: bool, options: RunOptions, reporter: Reporter
 ) -> ExpertScan:
     """Scan an open checkpoint for super experts, and confirm the candidates if requested."""
-    require_model(checkpoint.directory, reporter)
+    start_up(checkpoint, options.device, reporter)
     from swsurgery.scanning.experts import scan_experts
 
     if confirm:

@@ -17,7 +17,7 @@ from typing import cast
 from torch import nn
 
 from swsurgery.checkpoint.checkpoint import Checkpoint
-from swsurgery.model import Placement, load, measure
+from swsurgery.model import Placement, load, measure, tokens
 from swsurgery.model.check import read_built_in_text
 from swsurgery.model.forward import LayeredModel
 from swsurgery.model.variant import Scalars, Variant
@@ -67,7 +67,7 @@ def sweep_checkpoint(
         model = load.open_model(checkpoint, device=device, placement=placement, say=say)
         pieces, longest = cut_text_windows(model.model, tokenizer, text, windows, window)
         embeddings = cast("nn.Embedding", model.model.get_input_embeddings())
-        stop_tokens = measure.stop_word_tokens(tokenizer, embeddings.num_embeddings)
+        stop_tokens = tokens.stop_word_tokens(tokenizer, embeddings.num_embeddings)
         report = sweep_windows(model, coordinates, factors, pieces, stop_tokens, regions=regions, progress=progress)
     return dataclasses.replace(report, window_tokens=longest, text_sha256=hashlib.sha256(text.encode()).hexdigest())
 

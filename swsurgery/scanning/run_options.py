@@ -1,18 +1,12 @@
-"""Define the options for running a model, and check that the model can be run, before torch is loaded."""
+"""Define the options for running a model."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypedDict, get_args
 
-from swsurgery import model
-from swsurgery.errors import Unrunnable
-from swsurgery.model import Placement, tokenizer
-from swsurgery.model.refusals import refuse_unrunnable
+from swsurgery.model import Placement
 from swsurgery.model.run_arguments import refuse_device, refuse_empty_text
-from swsurgery.progress import LOADING, Progress
-from swsurgery.storage import numeric
 from swsurgery.storage.arguments import require_choice, require_integer, require_type
 
 
@@ -60,18 +54,3 @@ class RunOptions:
     def on_text(self) -> RunArguments:
         """All options, as keyword arguments."""
         return {**self.on_device, "text": self.text, "windows": self.windows, "window": self.window}
-
-
-def require_model(directory: Path, progress: Progress) -> None:
-    """Check that the model in `directory` can be run on this machine, then start the tokenizer's process.
-
-    `progress` receives the start of a task called LOADING, which ends when the next task begins.
-
-    Raises Unrunnable if torch or transformers cannot be used, or if the directory contains no model that can be run.
-    """
-    if reason := model.explain_unavailable():
-        raise Unrunnable(reason, "a model has to be run", "pip install 'swsurgery[check]'")
-    refuse_unrunnable(directory)
-    progress.start(0, "", LOADING)
-    numeric.load_numpy()
-    tokenizer.start()

@@ -18,12 +18,13 @@ from swsurgery.errors import PlanError
 from swsurgery.hub import download_checkpoint
 from swsurgery.manifest.load import ManifestLike, load_manifest
 from swsurgery.model import Placement
+from swsurgery.model.start_up import start_up
 from swsurgery.model.variant import Variant
 from swsurgery.progress import Progress, Reporter, Rounds, require_reporter
 from swsurgery.scanning import figures
 from swsurgery.scanning.factors import compute_scaled_values, refuse_factors
 from swsurgery.scanning.report import Sweep
-from swsurgery.scanning.run_options import RunOptions, require_model
+from swsurgery.scanning.run_options import RunOptions
 from swsurgery.scanning.scan_files import choose_name
 from swsurgery.storage import dtypes
 from swsurgery.storage.arguments import require_number, require_path
@@ -69,7 +70,7 @@ def sweep(
                 "no scalar is changed, so there is nothing to sweep", loaded.path, "add an edit other than protect"
             )
         compute_scaled_values(plan.checkpoint, coordinates, numbers, bool(plan.rewrites))  # refuses overflows
-        require_model(plan.checkpoint.directory, reporter)
+        start_up(plan.checkpoint, options.device, reporter)
         found = _measure(plan, numbers, options, reporter)
     found = dataclasses.replace(
         found,

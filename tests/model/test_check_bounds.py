@@ -179,7 +179,7 @@ def test_missing_libraries_are_named(pair: Pair, monkeypatch: pytest.MonkeyPatch
     assert model.explain_unavailable() == "torch is not installed"
     line = refusal(pair)
     assert line.startswith("torch is not installed: ")
-    assert line.endswith(": the forward check needs it (pip install 'swsurgery[check]')")
+    assert line.endswith(": a model has to be run (pip install 'swsurgery[check]')")
     monkeypatch.setitem(sys.modules, "transformers", None)
     assert model.explain_unavailable() == "torch and transformers are not installed"
 

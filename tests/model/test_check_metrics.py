@@ -235,7 +235,7 @@ def test_a_perplexity_too_large_for_a_float_is_infinite_and_the_ratio_is_not() -
 
 
 @pytest.mark.parametrize(
-    ("tokens", "windows", "window", "expected"),
+    ("count", "windows", "window", "expected"),
     [
         (10, 16, 4, [[0, 1, 2, 3], [4, 5, 6, 7]]),  # the rest is left out
         (8, 16, 4, [[0, 1, 2, 3], [4, 5, 6, 7]]),
@@ -244,15 +244,15 @@ def test_a_perplexity_too_large_for_a_float_is_infinite_and_the_ratio_is_not() -
         (2, 16, 4, [[0, 1]]),
     ],
 )
-def test_windows_do_not_overlap(tokens: int, windows: int, window: int, expected: list[list[int]]) -> None:
-    assert tokens.cut_windows(range(tokens), [], windows, window) == expected
-    assert tokens.cut_windows(range(tokens), [99], windows, window) == [[99, *ids] for ids in expected]
+def test_windows_do_not_overlap(count: int, windows: int, window: int, expected: list[list[int]]) -> None:
+    assert tokens.cut_windows(range(count), [], windows, window) == expected
+    assert tokens.cut_windows(range(count), [99], windows, window) == [[99, *ids] for ids in expected]
 
 
-@pytest.mark.parametrize(("tokens", "windows", "window"), [(0, 16, 4), (1, 16, 4), (9, 0, 4), (9, 16, 1), (9, 16, 0)])
-def test_no_window_is_refused(tokens: int, windows: int, window: int) -> None:
+@pytest.mark.parametrize(("count", "windows", "window"), [(0, 16, 4), (1, 16, 4), (9, 0, 4), (9, 16, 1), (9, 16, 0)])
+def test_no_window_is_refused(count: int, windows: int, window: int) -> None:
     with pytest.raises(ModelError, match=r"^(the text is too short|the windows are too few or too short): \d"):
-        tokens.cut_windows(range(tokens), [], windows, window)
+        tokens.cut_windows(range(count), [], windows, window)
 
 
 def test_a_window_is_no_longer_than_the_context(tmp_path: Path) -> None:

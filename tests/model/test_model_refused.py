@@ -54,7 +54,7 @@ def test_without_bounds_the_weights_are_checked_and_the_reason_recorded(base, tm
 def test_what_was_asked_for_is_done_or_refused(base, tmp_path, monkeypatch, options, missing):
     if missing:
         monkeypatch.setattr(model, "explain_unavailable", lambda: "torch is not installed")
-        monkeypatch.setattr("swsurgery.model.check.explain_unavailable", lambda: "torch is not installed")
+        monkeypatch.setattr("swsurgery.model.explain_unavailable", lambda: "torch is not installed")
     manifest = write_manifest(tmp_path / "m.json", base, EDIT)
     with pytest.raises(ModelError, match="or --check weights") as refused:
         swsurgery.apply(manifest, output=tmp_path / "out", check=options)
@@ -64,7 +64,7 @@ def test_what_was_asked_for_is_done_or_refused(base, tmp_path, monkeypatch, opti
 
 @pytest.mark.parametrize("option", [None, CheckedBounds(min_perplexity_ratio=2.0)])
 def test_without_torch_bounds_are_not_met(base, tmp_path, monkeypatch, option):
-    monkeypatch.setattr("swsurgery.model.check.explain_unavailable", lambda: "torch is not installed")
+    monkeypatch.setattr("swsurgery.model.explain_unavailable", lambda: "torch is not installed")
     more = {} if option else {"check": {"min_perplexity_ratio": 2.0}}
     manifest = write_manifest(tmp_path / "m.json", base, EDIT, **more)
     with pytest.raises(ModelError, match="torch is not installed") as refused:

@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 
-from swsurgery.model import measure
+from swsurgery.model import tokens
 
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "benchmarks"))
@@ -44,7 +44,7 @@ def test_a_model_is_trained_saved_and_measured(corpus, tmp_path, name):
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / name)
     assert model.dtype == torch.bfloat16 and report["corpus"]["sha256"] == facts.sha256
     assert report["steps"] == 6 and report["tokens"] == 6 * 2 * CONTEXT
-    assert measure.get_bos_prefix(tokenizer) == ([train_models.BOS] if report["bos"] else [])
+    assert tokens.get_bos_prefix(tokenizer) == ([train_models.BOS] if report["bos"] else [])
     assert tokenizer.decode(tokenizer("def f():\n    return 1")["input_ids"], skip_special_tokens=True).startswith(
         "def f"
     )
