@@ -63,7 +63,6 @@ small layer takes less time to compute there than Python needs to call it. Other
 and gain no speed."""
 
 
-
 class LayeredModel:
     """A causal language model whose variants are computed layer by layer.
 
