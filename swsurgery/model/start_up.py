@@ -7,7 +7,9 @@ loads neither library.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import threading
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -70,15 +72,25 @@ def _find_dtype(checkpoint: Checkpoint) -> str:
 
 
 def _import_libraries(device: str, dtype: str) -> None:
-    """Import torch, make the device ready for layers of the stored `dtype`, and import transformers meanwhile."""
-    try:
-        import torch  # noqa: F401 (before transformers, so that CUDA starts up while transformers is imported)
+    """Import torch, make the device ready for layers of the stored `dtype`, and import transformers.
 
+    Two threads import, because much of the time is spent on finding and reading files.
+    """
+    with contextlib.suppress(RuntimeError):  # if no thread can start, the imports below do everything
+        threading.Thread(target=_import_torch, args=(device, dtype)).start()
+    try:
+        import transformers.models  # noqa: F401 (needs no torch)
+
+        from swsurgery.model import load, measure  # noqa: F401 (these modules import torch and transformers)
+    except (ImportError, OSError) as error:  # installed but broken: a shared library may be missing
+        what = f"torch or transformers cannot be imported: {type(error).__name__}"
+        raise Unrunnable(what, error, "install them again") from error
+
+
+def _import_torch(device: str, dtype: str) -> None:
+    """Import torch and start CUDA. Errors are ignored: the thread that imports transformers meets them too."""
+    with contextlib.suppress(ImportError, OSError):
         from swsurgery.model import wake
         from swsurgery.model.torch_dtypes import get_streamed_dtype
 
         wake.start_device(device, get_streamed_dtype(dtype))
-        from swsurgery.model import load, measure  # noqa: F401 (these modules import transformers)
-    except (ImportError, OSError) as error:  # installed but broken: a shared library may be missing
-        what = f"torch or transformers cannot be imported: {type(error).__name__}"
-        raise Unrunnable(what, error, "install them again") from error

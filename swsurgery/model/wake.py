@@ -35,7 +35,8 @@ def _wake_all(name: str, dtype: torch.dtype) -> None:
         if not torch.cuda.is_available():
             return
         every = range(torch.cuda.device_count()) if ":" not in name else [int(name.partition(":")[2])]
-        del allocate_pinned_pieces(2 * count_readers(len(every)) * len(every))[:]  # torch keeps freed memory
+        pieces = [allocate_pinned_pieces(count_readers(len(every))) for _ in every]
+        del pieces  # torch keeps freed memory for the next request
         for number in every:
             _load_kernels(torch.device("cuda", number), dtype)
 

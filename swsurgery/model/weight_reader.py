@@ -25,8 +25,12 @@ from swsurgery.model.slots import Part, Slot, compute_layout
 from swsurgery.storage.files import File, fill
 from swsurgery.threads import Pool
 
-STREAM_PIECE = 8 << 20
-"""Maximum number of bytes that one task reads, and size of a piece of pinned memory."""
+STREAM_PIECE = 32 << 20
+"""Maximum number of bytes that one task reads, and size of a piece of pinned memory. Python needs about 0.1 ms for a
+task, during which no other thread can run Python code."""
+
+SPARE_PIECES = 4
+"""Number of pieces of pinned memory that are copied to a device while each reading thread fills another one."""
 
 MOST_READERS = 16
 """Maximum number of threads that read shards. More threads no longer read cached files faster."""
@@ -41,12 +45,12 @@ def count_readers(devices: int = 1) -> int:
     return max(2, min(MOST_READERS, len(os.sched_getaffinity(0))) // devices)
 
 
-def allocate_pinned_pieces(count: int) -> list[Tensor]:
-    """Allocate `count` pieces of pinned memory, of STREAM_PIECE bytes each.
+def allocate_pinned_pieces(threads: int) -> list[Tensor]:
+    """Allocate the pieces of pinned memory that `threads` reading threads need, of STREAM_PIECE bytes each.
 
     CUDA can copy from pinned memory while the program continues.
     """
-    return [torch.empty(STREAM_PIECE, dtype=torch.uint8, pin_memory=True) for _ in range(count)]
+    return [torch.empty(STREAM_PIECE, dtype=torch.uint8, pin_memory=True) for _ in range(threads + SPARE_PIECES)]
 
 
 class Job(NamedTuple):
@@ -207,7 +211,7 @@ class _Lane:
         self._files, self._threads = files, Pool(threads)
         self._pinned: queue.SimpleQueue[tuple[Tensor, torch.cuda.Event]] = queue.SimpleQueue()
         self._streams: set[torch.cuda.Stream] = set()
-        for piece in allocate_pinned_pieces(2 * threads) if device.type == "cuda" else ():
+        for piece in allocate_pinned_pieces(threads) if device.type == "cuda" else ():
             self._pinned.put((piece, _new_event(blocking=True)))
 
     def request(self, filling: Filling) -> Filling:
