@@ -46,16 +46,16 @@ model.save_pretrained(sys.argv[1])
 """
 MAKE_WINDOWS = """
 import json, sys
-from swsurgery.model import load, measure
+from swsurgery.model import load, tokens
 from swsurgery.model.check import read_built_in_text
 folder, windows, window = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 from pathlib import Path
 if (Path(folder) / "tokenizer.json").exists():
-    ids = measure.encode(load.load_tokenizer(Path(folder)), read_built_in_text())
+    ids = tokens.encode(load.load_tokenizer(Path(folder)), read_built_in_text())
 else:
     import torch
     ids = torch.randint(3, 262144, (windows * window,), generator=torch.Generator().manual_seed(0)).tolist()
-print(json.dumps(measure.cut_windows(ids, [], windows, window)))
+print(json.dumps(tokens.cut_windows(ids, [], windows, window)))
 """
 PREAMBLE = """
 import json, resource, sys, time, warnings

@@ -47,19 +47,22 @@ def measure_reads(files: Sequence[Path], threads: int, most: int = 16 << 30) -> 
     return len(pieces) * PIECE / seconds / 1e9
 
 
-def measure_copies(device: int = 0, total: int = 8 << 30) -> float:
-    """Return the rate in GB/s at which `device` receives copies of PIECE bytes from pinned memory."""
+def measure_copies(devices: Sequence[int] = (0,), total: int = 8 << 30) -> float:
+    """Return the rate in GB/s at which `devices` together receive copies from pinned memory: the best of 3 rounds.
+
+    Each device receives `total` bytes in pieces of PIECE bytes.
+    """
     import torch
 
-    pinned = [torch.empty(PIECE, dtype=torch.uint8, pin_memory=True) for _ in range(8)]
-    there = torch.empty(8 * PIECE, dtype=torch.uint8, device=f"cuda:{device}")
+    pinned = {device: torch.empty(8, PIECE, dtype=torch.uint8, pin_memory=True) for device in devices}
+    there = {device: torch.empty(8, PIECE, dtype=torch.uint8, device=f"cuda:{device}") for device in devices}
     rates = []
     for _ in range(3):
-        torch.cuda.synchronize(device)
         begin = time.perf_counter()
         for number in range(total // PIECE):
-            at = number % 8
-            there[at * PIECE : (at + 1) * PIECE].copy_(pinned[at], non_blocking=True)
-        torch.cuda.synchronize(device)
-        rates.append(total // PIECE * PIECE / (time.perf_counter() - begin) / 1e9)
+            for device in devices:
+                there[device][number % 8].copy_(pinned[device][number % 8], non_blocking=True)
+        for device in devices:
+            torch.cuda.synchronize(device)
+        rates.append(len(devices) * (total // PIECE) * PIECE / (time.perf_counter() - begin) / 1e9)
     return max(rates)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import platform
 import statistics
@@ -19,6 +20,7 @@ import sys
 import time
 from pathlib import Path
 
+from limits import measure_copies, measure_reads
 from run import make_once, write_checkpoint
 
 PREAMBLE = """
@@ -48,21 +50,30 @@ print(json.dumps({
     "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
     "device": max((torch.cuda.max_memory_reserved(n) / 1e9 for n in range(devices)), default=0.0),
     "machine": f"{devices} x {torch.cuda.get_device_name()}" if devices else "", "torch": torch.__version__,
-    "transformers": transformers.__version__,
+    "transformers": transformers.__version__, "steady": globals().get("steady", 0.0),
 }))
 """
 OURS = """
 from swsurgery.checkpoint.opening import open_checkpoint
 from swsurgery.storage.coordinate import Coordinate
-from swsurgery.model import load, measure
+from swsurgery.model import load, measure, wake
+from swsurgery.progress import Silent
+class Clock(Silent):
+    layers = []
+    def advance(self, n):
+        self.layers.append((time.perf_counter(), n))
 PLACE = Coordinate("model.layers.2.mlp.down_proj.weight", (17, 90))
+for thread in wake.start_device(device, torch.float16):  # the product does this during the imports
+    thread.join()
 begin = time.perf_counter()
 model = load.open_model(open_checkpoint(folder), device=device, placement="streamed", say=sys.exit)
 variants = [{PLACE: 3.5}, {}] if device == "cuda" else [{}]
 totals = measure.Totals([], len(variants))
-for outcomes in model.run(windows, variants):
+for outcomes in model.run(windows, variants, progress=Clock()):
     totals.add_window(windows[outcomes.sequence], outcomes)
 assert model.method == "streamed" and totals.summarise_side(0).finite
+layers = [(at, n) for at, n in Clock.layers if n]
+steady = sum(n for _, n in layers[1:]) / (layers[-1][0] - layers[0][0]) / 1e9
 """
 LOAD = """
 begin = time.perf_counter()
@@ -121,6 +132,26 @@ def scan_weights(folder: Path) -> float:
     return time.perf_counter() - begin
 
 
+def describe_limits(folder: Path, seconds: float, steady: float) -> list[str]:
+    """Measure the limits of the machine, and return lines that compare the streaming on a GPU with them.
+
+    `seconds` is the time of a whole check, and `steady` the rate between its first and its last layer, in GB/s.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    reads = {threads: measure_reads(files, threads) for threads in (1, 4, 8, 12, 16)}
+    with multiprocessing.get_context("spawn").Pool(1) as pool:  # so that this process does not keep a GPU
+        copies = pool.apply(measure_copies)
+    limit, rate = min(copies, max(reads.values())), sum(file.stat().st_size for file in files) / seconds / 1e9
+    listed = ", ".join(f"{rate:.1f} with {threads}" for threads, rate in reads.items())
+    return [
+        "",
+        f"Limits of the machine in the same run, in GB/s: threads read cached files with `preadv` at {listed};",
+        f"pinned memory is copied to the GPU at {copies:.1f}. From its first to its last layer, swsurgery streams at",
+        f"{steady:.1f} GB/s, which is {steady / limit:.0%} of the smaller limit. The whole check, which also builds the",
+        f"model and computes the output head, processes {rate:.1f} GB/s ({rate / limit:.0%}).",
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, default=Path("build/bench"))
@@ -174,6 +205,9 @@ def main() -> None:
         memory, device = (max(run[key] for run in found) for key in ("memory", "device"))
         ratio = f"{middle[name] / middle[against]:.2f}" if against in middle else ""
         lines.append(f"| {name} | {middle[name]:.2f} | {process:.1f} | {memory:.1f} GB | {device:.2f} GB | {ratio} |")
+    if options.device == "cuda":
+        steady = statistics.median(run["steady"] for run in next(iter(runs.values())))
+        lines += describe_limits(folder, next(iter(middle.values())), steady)
     if scans:
         ratio = statistics.median(scan / cat for scan, cat in zip(scans, cats, strict=True))
         lines += ["", f"`scan --method weights`, a whole process: {statistics.median(scans):.1f} s, {ratio:.1f} times"]

@@ -19,15 +19,17 @@ ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBack
 input shape. The rest of a run of a 13.5 GB model takes no longer than that."""
 
 
-def start_device(name: str, dtype: torch.dtype | None) -> None:
-    """Start to make the device `name` ready on a thread, if it is a CUDA device.
+def start_device(name: str, dtype: torch.dtype | None) -> list[threading.Thread]:
+    """Start to make the device `name` ready on a thread, if it is a CUDA device, and return the thread in a list.
 
     "auto" stands for CUDA if there is any. `dtype` is the dtype in which the layers will run. Errors are ignored:
     `load.pick_device` meets them again.
     """
-    if name != "cpu":
-        with contextlib.suppress(RuntimeError):  # if no thread can start, CUDA starts up when it is first used
-            threading.Thread(target=_wake_all, args=(name, dtype or torch.float32), daemon=True).start()
+    threads = [threading.Thread(target=_wake_all, args=(name, dtype or torch.float32), daemon=True)]
+    with contextlib.suppress(RuntimeError):  # if no thread can start, CUDA starts up when it is first used
+        for thread in threads if name != "cpu" else ():
+            thread.start()
+    return [thread for thread in threads if thread.ident]
 
 
 def _wake_all(name: str, dtype: torch.dtype) -> None:
