@@ -147,7 +147,7 @@ def describe_limits(folder: Path, seconds: float, steady: float) -> list[str]:
         "",
         f"Limits of the machine in the same run, in GB/s: threads read cached files with `preadv` at {listed};",
         f"pinned memory is copied to the GPU at {copies:.1f}. From its first to its last layer, swsurgery streams at",
-        f"{steady:.1f} GB/s, which is {steady / limit:.0%} of the smaller limit. The whole check, which also builds the",
+        f"{steady:.1f} GB/s, {steady / limit:.0%} of the smaller limit. The whole check, which also builds the",
         f"model and computes the output head, processes {rate:.1f} GB/s ({rate / limit:.0%}).",
     ]
 

@@ -160,13 +160,13 @@ def test_a_machine_with_a_driver_is_not_refused(monkeypatch):
 
 def test_loading_torch_is_announced_and_ends_before_an_error_is_printed(no_torch, capsys, monkeypatch):
     from swsurgery.cli.progress_bar import Bar
+    from swsurgery.model import start_up
     from swsurgery.progress import LOADING
-    from swsurgery.scanning import run_options
 
     calls = []
-    monkeypatch.setattr(run_options.model, "explain_unavailable", lambda: None)
-    monkeypatch.setattr(run_options, "refuse_unrunnable", lambda directory: None)
-    monkeypatch.setattr(run_options.tokenizer, "start", lambda: None)
+    monkeypatch.setattr(start_up.model, "explain_unavailable", lambda: None)
+    monkeypatch.setattr(start_up, "refuse_unrunnable", lambda directory: None)
+    monkeypatch.setattr(start_up.tokenizer, "start", lambda: None)
     monkeypatch.setattr(Bar, "start", lambda self, total, unit, label: calls.append(label))
     monkeypatch.setattr(Bar, "close", lambda self: calls.append("close"))
     assert main(["scan", "base"]) != 0
