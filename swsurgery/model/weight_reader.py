@@ -33,9 +33,9 @@ task, during which no other thread can run Python code."""
 SPARE_PIECES = 4
 """Number of pieces of pinned memory that are copied to a device while each reading thread fills another one."""
 
-MOST_READERS = 12
+MOST_READERS = 16
 """Maximum number of threads that read shards for one device. They read cached files faster than a device receives
-copies, and more of them would wait for each other."""
+copies."""
 
 SWITCH_SECONDS = 0.0005
 """Time in seconds for which a thread may run Python code while another one waits, during streaming to CUDA devices.
@@ -47,8 +47,8 @@ _new_event: Callable[..., torch.cuda.Event] = torch.cuda.Event
 
 
 def count_readers(devices: int = 1) -> int:
-    """Return the number of reading threads for each of `devices` devices: they share the processors of this process."""
-    return max(2, min(MOST_READERS, len(os.sched_getaffinity(0))) // devices)
+    """Return the number of reading threads for each of `devices` devices, which share this process's processors."""
+    return max(2, min(MOST_READERS, len(os.sched_getaffinity(0)) // devices))
 
 
 def allocate_pinned_pieces(threads: int) -> list[Tensor]:
