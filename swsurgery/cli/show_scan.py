@@ -23,13 +23,13 @@ from swsurgery.cli.scan_parts import (
 from swsurgery.errors import escape_control, pluralise
 from swsurgery.model.intervals import LEAST_WINDOWS
 from swsurgery.model.text import describe_measured_text
+from swsurgery.scanning.activation_report import Passport, PersistentActivation
 from swsurgery.scanning.causal_report import VERDICTS
 from swsurgery.scanning.comparison import Comparison
 from swsurgery.scanning.report import (
     Candidate,
     ColumnNull,
     Confirmation,
-    PersistentActivation,
     Scan,
     Sweep,
 )
@@ -42,6 +42,8 @@ def show_scan(report: Scan) -> None:
     trials = report.confirmation.trials if report.confirmation else ()
     companions = [trial.candidate for trial in trials if not trial.listed]
     print_head(report, _describe_answer(report), [*report.candidates, *companions])
+    if report.passport:
+        _print_passport(report.passport)
     if report.activations:
         _print_activations(report.activations)
     if report.candidates:
@@ -51,20 +53,43 @@ def show_scan(report: Scan) -> None:
     print_notes(report.notes)
 
 
+def _print_passport(passport: Passport) -> None:
+    """Print the largest activation with and without BOS, and the published value if there is one."""
+    for one in passport.find_extremes():
+        alike, prompts = passport.count_prompts(one)
+        down = "never falls below half" if one.down is None else f"falls below half in layer {one.down}"
+        print_text(
+            f"largest   {format_cell(one.value)} {'with' if one.bos else 'without'} BOS ({format_cell(one.ratio)} "
+            f"medians): layer {one.layer}, prompt {one.prompt}, token {one.token}, channel {one.channel}; steps up in "
+            f"layer {one.up}, {down}; largest at this token and channel in {alike} of {pluralise(prompts, 'prompt')}"
+        )
+    if known := passport.published:
+        where = known.place if known.layer is None else f"layer {known.layer}, {known.place}"
+        print_text(f"published {format_cell(known.value)} for {known.model} ({where}; {known.source})")
+
+
 def _print_activations(activations: Sequence[PersistentActivation]) -> None:
-    print_text("\nsuper activations: channels with massive values after these layers")
-    print_columns(
-        {
-            "channel": [a.channel for a in activations],
-            "from layer": [a.layer for a in activations],
-            "to layer": [a.last for a in activations],
-            "value": [format_cell(a.value) for a in activations],
-            "peak after": [a.peak for a in activations],
-            "prompt": [a.prompt for a in activations],
-            "token": [a.token for a in activations],
-            "prompts": [a.prompts for a in activations],
-        }
-    )
+    """Print the super activations. Side effects follow in a table of their own."""
+    for side, title in ((False, "super activations"), (True, "side effects")):
+        shown = [a for a in activations if a.side is side]
+        if not shown:
+            continue
+        print_text(f"\n{title}: channels with massive values after these layers")
+        print_columns(
+            {
+                "channel": [a.channel for a in shown],
+                "from layer": [a.layer if a.first is None else a.first for a in shown],
+                "steps up in": [a.layer if a.causes else None for a in shown],
+                "to layer": [a.last for a in shown],
+                "value": [format_cell(a.value) for a in shown],
+                "in medians": [format_cell(a.ratio) for a in shown],
+                "peak after": [a.peak for a in shown],
+                "prompt": [a.prompt for a in shown],
+                "token": [a.token for a in shown],
+                "prompts": [a.prompts for a in shown],
+                "made by": [a.cause.describe() if a.cause else None for a in shown],
+            }
+        )
 
 
 def _print_candidates(candidates: Sequence[Candidate], scored: bool) -> None:

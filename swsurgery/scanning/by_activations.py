@@ -19,45 +19,45 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import NamedTuple
-
-from torch import Tensor
 
 from swsurgery.checkpoint.checkpoint import Checkpoint
-from swsurgery.checkpoint.projections import DownProjection
 from swsurgery.errors import ModelError, Unrunnable, list_some, pluralise
 from swsurgery.model import Placement, load, measure, tokens
 from swsurgery.model.check import PROMPTS as CONTINUED
 from swsurgery.model.forward import LayeredModel
 from swsurgery.progress import Progress
-from swsurgery.scanning.matrices import StoredProjection, refuse_quantised, refuse_unweighted
+from swsurgery.scanning.activation_report import Passport, PersistentActivation
+from swsurgery.scanning.causes import (
+    OUTLIER,
+    SHARE,
+    Decomposer,
+    RowTerm,
+    find_cause,
+    name_neurons,
+)
+from swsurgery.scanning.matrices import StoredProjection
+from swsurgery.scanning.passport import find_largest_activations
 from swsurgery.scanning.persistence import (
     KEPT,
+    PROMINENT,
+    Rise,
     Spell,
+    compute_prominence,
+    compute_remainder,
     count_layers_to_last,
+    find_drifts,
     find_ends,
-    find_spells,
-    find_untraced,
-    merge_spells,
+    find_rises,
+    merge_drifts,
+    merge_rises,
 )
-from swsurgery.scanning.report import Candidate, PersistentActivation, Scan
-from swsurgery.scanning.spikes import MADE, MASSIVE, LayerSpikes, Move, Trace
+from swsurgery.scanning.report import Candidate, Scan
+from swsurgery.scanning.spikes import LEAST_MAXIMUM, MADE, OUTSTANDING, LayerSpikes, Trace
 from swsurgery.storage.coordinate import Coordinate
 
 SCAN_PROMPTS = (*CONTINUED, "It rained all day; we stayed in.\nThen it stopped, and the children ran out.\n")
 """The default prompts of a scan. The last prompt contains punctuation and line breaks, because massive activations also
 occur at such tokens (arXiv:2402.17762, figure 1)."""
-
-SHARE = 0.25
-"""Minimum share x[col] * W[row, col] / y[row] of a scalar that becomes a candidate. In SmolLM2 two neurons make the
-activation of layer 11 (shares 0.73 and 0.26), and two others the activation of layer 2 (0.65 and 0.34). No other neuron
-has a share above 0.02. A scalar whose share is too small at first may reach the minimum in a later round, after the
-scalars with larger shares are set to zero."""
-
-OUTLIER = 10.0
-"""Minimum magnitude of x[col] and of y[row], each divided by the median magnitude of x or y for the same token. Only a
-scalar for which both quotients reach the minimum becomes a candidate. In SmolLM2 they are over 1,000 for x and over 300
-for y."""
 
 MIN_COMPANION_SHARE = 0.25
 """Minimum magnitude of an output y[row], as a share of the MLP's largest output for the same token in the unedited
@@ -65,10 +65,6 @@ model. A smaller output is considered a side effect: the neuron that makes the l
 The scan adds a note about a side effect, but does not search for its scalars. In SmolLM2 the largest share of a side
 effect is 0.07. In Llama-2-7B two weights in one column matter together, and the share of the smaller output is 0.59
 (0.92 / 1.56; docs/known.md)."""
-
-EXPLAINED = 0.2
-"""Maximum difference between an output y[row] and the sum of the products x[col] * W[row, col], divided by y[row]. A
-larger difference shows that the model did not compute y[row] with the stored row W[row]."""
 
 
 def scan_activations(
@@ -91,8 +87,10 @@ def scan_activations(
     """
     prompts = SCAN_PROMPTS if prompts is None else tuple(prompts)
     with load.hide_output():
-        model, sequences, has_bos = open_with_prompts(checkpoint, prompts, device, placement, say)
-        found = scan_sequences(model, sequences, max_rounds=max_rounds, progress=progress, say=say)
+        model, sequences, has_bos, others = open_with_prompts(checkpoint, prompts, device, placement, say)
+        found = scan_sequences(
+            model, sequences, others=others, has_bos=has_bos, max_rounds=max_rounds, progress=progress, say=say
+        )
     return replace(found, prompts=tuple(prompts), settings={**found.settings, "bos": has_bos})
 
 
@@ -102,23 +100,31 @@ def open_with_prompts(
     device: str,
     placement: Placement,
     say: Callable[[str], None],
-) -> tuple[LayeredModel, list[list[int]], bool]:
+) -> tuple[LayeredModel, list[list[int]], bool, list[list[int]]]:
     """Load the model and the token ids of `prompts`, as `scan_activations` describes.
 
-    The last element is True if the prompts begin with BOS.
+    The third element is True if the prompts begin with BOS. The last element contains the prompts without BOS then, and
+    otherwise with BOS. It is empty if the tokenizer has no BOS token.
     """
     tokenizer = load.load_tokenizer(checkpoint.directory)
     model = load.open_model(checkpoint, device=device, placement=placement, say=say)
     bos, longest = tokens.get_bos_prefix(tokenizer), load.get_context_length(model.model)
-    sequences = [[*bos, *tokens.encode(tokenizer, prompt)][:longest] for prompt in prompts]
+    encoded = [tokens.encode(tokenizer, prompt) for prompt in prompts]
+    sequences = [[*bos, *ids][:longest] for ids in encoded]
+    other = [] if bos or tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    others = [[*other, *ids][:longest] for ids in encoded] if bos or other else []
+    others = others if all(others) else []
     measure.refuse_unknown_tokens(model.model, sequences)
-    return model, sequences, bool(bos)
+    known = all(token < measure.get_vocabulary_size(model.model) for token in other)
+    return model, sequences, bool(bos), others if known else []
 
 
 def scan_sequences(
     model: LayeredModel,
     sequences: Sequence[Sequence[int]],
     *,
+    others: Sequence[Sequence[int]] = (),
+    has_bos: bool = False,
     max_rounds: int = 8,
     progress: Progress | None = None,
     say: Callable[[str], None] = lambda line: None,
@@ -128,6 +134,9 @@ def scan_sequences(
     A candidate's `score` is the value that its scalar adds to the hidden state, divided by the median magnitude of the
     layer's hidden states. The fields `score`, `input_spike`, `output_spike` and `share` of a candidate come from the
     prompt with the largest score. Candidates are sorted by round, then by score, largest first.
+
+    `others` contains the same prompts without BOS if `has_bos` is True, and otherwise with BOS. They run beside the
+    prompts in the first round, and only their largest activations are reported.
     """
     if not sequences or not all(sequences):
         raise ModelError(
@@ -144,11 +153,12 @@ def scan_sequences(
     notes = [f"{_format_numbers('layer', unseen)}: the down projection is not observed"] if unseen else []
     if layers <= least:
         notes.append(f"the model has {layers} layers: too few for an activation to persist through {least} more")
-    profile = None
+    profile = passport = None
     rounds = 0
     while rounds < max_rounds:
         with load.convert_run_errors(model.device, model.weights is not None):
-            traces = watch.run(sequences, tuple(search.candidates), progress)
+            run = [*sequences, *(others if passport is None else ())]
+            traces = watch.run(run, tuple(search.candidates), progress, len(sequences))
         if watch.broken is not None and not search.candidates:
             raise ModelError(
                 "hidden states are not finite",
@@ -162,7 +172,10 @@ def scan_sequences(
             break
         rounds += 1
         profile = profile or watch.make_profile()
-        fresh = search.look(traces, rounds)
+        if passport is None:
+            largest = find_largest_activations(traces[: len(sequences)], has_bos)
+            passport = Passport((*largest, *find_largest_activations(traces[len(sequences) :], not has_bos)))
+        fresh = search.look(traces[: len(sequences)], rounds)
         say(_describe_round(rounds, fresh, search))
         if not fresh:
             break
@@ -175,14 +188,17 @@ def scan_sequences(
         candidates=tuple(sorted(search.candidates.values(), key=lambda c: (c.round, -c.score))),
         activations=tuple(search.activations),
         profile=profile,
+        passport=passport,
         notes=(*notes, *search.notes),
         # An unread layer may contain a super weight only if a massive state of unknown cause begins there or later.
         unread=tuple(layer for layer in watch.unread if layer.layer <= max(search.untraced, default=-1)),
         settings={
             "rounds": rounds,
-            "massive": MASSIVE,
+            "outstanding": OUTSTANDING,
+            "least_maximum": LEAST_MAXIMUM,
             "made": MADE,
             "kept": KEPT,
+            "prominent": PROMINENT,
             "layers_kept": least,
             "share": SHARE,
             "outlier": OUTLIER,
@@ -192,26 +208,6 @@ def scan_sequences(
             "placement": model.method,
         },
     )
-
-
-class _Scalar(NamedTuple):
-    """One scalar W[row, col] of a down projection, with its input `x` = x[col] for one token.
-
-    `share` is x[col] * W[row, col] / y[row], the share of the output that this scalar makes. `outlier` is True if the
-    magnitude of x[col] is at least `OUTLIER` times the median magnitude of the projection's inputs for that token.
-    """
-
-    projection: DownProjection
-    row: int
-    col: int
-    x: float
-    weight: float
-    share: float
-    outlier: bool
-
-    @property
-    def coordinate(self) -> Coordinate:
-        return Coordinate(self.projection.tensor, self.projection.find_index(self.row, self.col))
 
 
 class _Search:
@@ -226,35 +222,34 @@ class _Search:
         self.activations: list[PersistentActivation] = []
         self.notes: list[str] = []
         self.untraced: set[int] = set()
-        # From round 1: the largest output of the MLP by (sequence, layer, token), and the places (sequence, layer,
-        # token, channel) of the persistent states whose scalars are searched for.
+        self._decomposer = Decomposer(checkpoint)
+        # From round 1: the traces, the largest output of the MLP by (sequence, layer, token), and the places (sequence,
+        # layer, token, channel) of the persistent states whose scalars are searched for.
+        self._unedited: Sequence[Trace] = ()
         self._largest: dict[tuple[int, int, int], float] = {}
         self._main: set[tuple[int, int, int, int]] = set()
-        self._rows: dict[tuple[DownProjection, int], Tensor] = {}
 
     def look(self, traces: Sequence[Trace], number: int) -> list[Coordinate]:
         """Add the candidates found in the traces of round `number` (counted from 1), and return their coordinates."""
-        spells, companions = self._split(traces, number == 1)
-        for new in merge_spells(traces, spells):
-            if not any(old.channel == new.channel and old.layer <= new.layer <= old.last for old in self.activations):
-                self.activations.append(new)
+        rises, companions = self._split(traces, number == 1)
+        self._add_activations(traces, rises, companions)
         if number == 1:
-            self._note_the_rest(traces, spells, companions)
-        found: dict[Coordinate, list[tuple[Spell, _Scalar]]] = defaultdict(list)
+            self._note_ends(traces, rises)
+        found: dict[Coordinate, list[tuple[Spell, RowTerm]]] = defaultdict(list)
         unmade: dict[tuple[int, int], str] = {}  # by layer and channel
-        for spell in spells:
-            move = spell.move
-            scalars, explained = self._decompose(move)
-            outlier = abs(move.output) >= OUTLIER * move.record.typical
-            makers = [s for s in scalars if explained and outlier and s.outlier and s.share >= SHARE]
-            for scalar in makers:
+        searched = {(rise.main.move.layer, rise.main.move.channel) for rise in rises}
+        for spell in (spell for rise in rises for spell in rise.spells):
+            if not spell.move.made_by_mlp or (spell.move.layer, spell.move.channel) not in searched:
+                continue
+            terms = self._decomposer.decompose(spell.move)
+            for scalar in terms.makers:
                 found[scalar.coordinate].append((spell, scalar))
-            if not makers:
-                unmade[move.layer, move.channel] = _explain_no_maker(scalars, explained, outlier)
+            if not terms.makers:
+                unmade[spell.move.layer, spell.move.channel] = terms.explain_no_maker()
         for coordinate, places in found.items():
             scalar = places[0][1]
             self.candidates[coordinate] = self._make_candidate(coordinate, places, number)
-            self._rows[scalar.projection, scalar.row][scalar.col] = 0.0  # the next rounds run without this scalar
+            self._decomposer.remove(scalar)  # the next rounds run without this scalar
             unmade.pop((scalar.projection.layer, scalar.row), None)
         for (layer, channel), why in sorted(unmade.items()):
             self.notes.append(
@@ -262,60 +257,58 @@ class _Search:
             )
         return list(found)
 
-    def _split(self, traces: Sequence[Trace], unedited: bool) -> tuple[list[Spell], list[Spell]]:
+    def _split(self, traces: Sequence[Trace], unedited: bool) -> tuple[list[Rise], list[Rise]]:
         """Divide the persistent massive hidden states into main states and side effects.
 
         Only the scalars that make main states are searched for. A state is a main state if the MLP output that makes it
         is at least `MIN_COMPANION_SHARE` of the MLP's largest output for the same token in the unedited model, or if it
-        was a main state in round 1. Returns (main states, side effects).
+        was a main state in round 1. A state that began before the layer that a scalar was removed from is what is left
+        of a state: it is searched only if at least `KEPT` of the state is left. Returns (main states, side effects).
         """
         if unedited:
+            self._unedited = traces
             for sequence, trace in enumerate(traces):
                 for move in trace.moves.values():
                     self._largest[sequence, move.layer, move.token] = move.record.largest
-        spells: list[Spell] = []
-        companions: list[Spell] = []
-        for spell in find_spells(traces):
+        rises: list[Rise] = []
+        companions: list[Rise] = []
+        for rise in find_rises(traces):
+            spell = rise.main
+            before = self._unedited[spell.sequence]
+            left = compute_remainder(before, traces[spell.sequence], rise)
+            prominent = compute_prominence(before, traces, rise) >= PROMINENT
             largest = self._largest.get(spell.place[:3], spell.move.record.largest)
-            if spell.place in self._main or abs(spell.move.output) >= MIN_COMPANION_SHARE * largest:
-                spells.append(spell)
-            else:
-                companions.append(spell)
+            large = abs(spell.move.output) >= MIN_COMPANION_SHARE * largest or not spell.move.made_by_mlp
+            main = spell.place in self._main or (left >= KEPT and large and prominent)
+            (rises if main else companions).append(rise)
         if unedited:
-            self._main = {spell.place for spell in spells}
-        return spells, companions
+            self._main = {rise.main.place for rise in rises}
+        return rises, companions
 
-    def _decompose(self, move: Move) -> tuple[list[_Scalar], bool]:
-        """Return the scalars that make the largest shares of the output y[row] of `move`, largest share first.
-
-        The second value is True if the products of the whole stored row add up to the output (see `EXPLAINED`).
-        """
-        scalars: list[_Scalar] = []
-        total = 0.0
-        for part in move.record.multiplied:
-            row = self._fetch_row(part.projection, move.channel)
-            shares = part.share * part.x.double() * row / move.output
-            typical = float(part.x.abs().median())
-            total += float(shares.sum())
-            for col in shares.topk(min(8, len(shares))).indices.tolist():
-                x = float(part.x[col])
-                scalars.append(
-                    _Scalar(
-                        part.projection,
-                        move.channel,
-                        col,
-                        x,
-                        float(row[col]),
-                        float(shares[col]),
-                        abs(x) >= OUTLIER * typical,
-                    )
-                )
-        return sorted(scalars, key=lambda s: -s.share), bool(scalars) and abs(total - 1) <= EXPLAINED
+    def _add_activations(self, traces: Sequence[Trace], rises: Sequence[Rise], companions: Sequence[Rise]) -> None:
+        """Add the persistent activations that are new, with their causes. Side effects are added in round 1 only."""
+        unedited = traces is self._unedited
+        fresh: list[PersistentActivation] = []
+        for group, side in ((rises, False), (companions if unedited else (), True)):
+            for rise, new in merge_rises(traces, group):
+                if not any(
+                    old.channel == new.channel and old.layer <= new.layer <= old.last
+                    for old in [*self.activations, *fresh]
+                ):
+                    causes = tuple(find_cause(spell.move, self._decomposer) for spell in rise.spells)
+                    fresh.append(replace(new, side=side, causes=causes))
+                    if not rise.main.move.made_by_mlp:
+                        self.untraced.add(new.layer)
+        for new in merge_drifts(traces, find_drifts(traces)) if unedited else ():
+            self.untraced.add(new.layer)
+            if not any(old.channel == new.channel for old in fresh):
+                fresh.append(new)
+        self.activations += name_neurons(fresh)
 
     def _make_candidate(
-        self, coordinate: Coordinate, places: Sequence[tuple[Spell, _Scalar]], number: int
+        self, coordinate: Coordinate, places: Sequence[tuple[Spell, RowTerm]], number: int
     ) -> Candidate:
-        def score(place: tuple[Spell, _Scalar]) -> float:
+        def score(place: tuple[Spell, RowTerm]) -> float:
             spell, scalar = place
             return abs(spell.move.added) * scalar.share / spell.move.median
 
@@ -337,65 +330,16 @@ class _Search:
             round=number,
         )
 
-    def _note_the_rest(self, traces: Sequence[Trace], spells: Sequence[Spell], companions: Sequence[Spell]) -> None:
-        """Add notes on observations in the unedited model that do not lead to a candidate.
-
-        The notes are about channels that are massive only as a side effect (`companions`), scalars that make a massive
-        channel small again, and persistent massive states that no observed MLP makes.
-        """
-        fed: dict[int, set[int]] = defaultdict(set)
-        for spell in companions:
-            fed[spell.move.layer].add(spell.move.channel)
-        for layer, channels in sorted(fed.items()):
-            self.notes.append(
-                f"layer {layer} also makes {_format_numbers('channel', channels)} massive, as a side effect of a "
-                "larger activation"
-            )
+    def _note_ends(self, traces: Sequence[Trace], rises: Sequence[Rise]) -> None:
+        """Add notes about scalars that make a massive channel of the unedited model small again."""
         ends: dict[Coordinate, str] = {}
-        for end in sorted(find_ends(traces, spells), key=lambda end: end.layer):
-            scalars, explained = self._decompose(end)
-            if explained and scalars[0].share >= SHARE:
-                first = scalars[0]
+        for end in sorted(find_ends(traces, rises), key=lambda end: end.layer):
+            terms = self._decomposer.decompose(end)
+            if terms.explained and terms.scalars[0].share >= SHARE:
+                first = terms.scalars[0]
                 makes = f"{first.coordinate} = {first.weight:g} makes {first.share:.2f} of the change"
                 ends.setdefault(first.coordinate, f"layer {end.layer} removes channel {end.channel} again: {makes}")
         self.notes += ends.values()
-        for layer, channels in sorted(find_untraced(traces).items()):
-            self.untraced.add(layer)
-            names = _format_numbers("channel", channels)
-            self.notes.append(
-                f"{names} massive from layer {layer} on, but no observed MLP makes this state: "
-                "not traced (the cause may be attention, the embedding, or several layers together)"
-            )
-
-    def _fetch_row(self, projection: DownProjection, row: int) -> Tensor:
-        """Return one row of a down projection, (cols,) in float64, with the candidates of earlier rounds set to 0."""
-        key = (projection, row)
-        if key not in self._rows:
-            self._rows[key] = _read_row(self.checkpoint, projection, row)
-        return self._rows[key]
-
-
-def _explain_no_maker(scalars: Sequence[_Scalar], explained: bool, outlier: bool) -> str:
-    """Explain why none of the scalars became a candidate, by the first condition that is not met."""
-    if not scalars:
-        return "the down projection was not called"
-    if not explained:
-        return "the products of the stored row do not add up to the output"
-    if not outlier:
-        return f"the output is below {OUTLIER:g} times the median for its token"
-    largest = f"the largest share is {scalars[0].share:.2f}"
-    return largest if scalars[0].share < SHARE else f"{largest}, but its input is below {OUTLIER:g} times the median"
-
-
-def _read_row(checkpoint: Checkpoint, projection: DownProjection, row: int) -> Tensor:
-    """Read one row of a down projection: (cols,), float64.
-
-    Raises ModelError if the elements of the projection are not weights, for example because it is quantised. Raises
-    ShardError if the file cannot be read.
-    """
-    refuse_quantised(checkpoint, projection.tensor)
-    refuse_unweighted(checkpoint, projection.tensor)
-    return StoredProjection(checkpoint, projection).read_row(row)
 
 
 def _describe_round(number: int, fresh: Sequence[Coordinate], search: _Search) -> str:

@@ -38,7 +38,7 @@ from swsurgery.scanning.expert_report import ExpertCandidate, ExpertMaximum, Exp
 from swsurgery.scanning.matrices import StoredProjection, refuse_quantised, refuse_unweighted
 from swsurgery.scanning.report import Candidate
 from swsurgery.scanning.sources import ExpertCall, SourceWatch, find_sources, list_unread, set_largest
-from swsurgery.scanning.spikes import MASSIVE, TINY
+from swsurgery.scanning.spikes import OUTSTANDING, TINY, compute_bar
 
 PERCENTILE = 99.5
 """The percentile of all experts' largest outputs that a super expert exceeds (arXiv:2507.23279, equation 8)."""
@@ -85,7 +85,7 @@ def scan_experts(
     refuse_unscannable(checkpoint)
     prompts = SCAN_PROMPTS if prompts is None else tuple(prompts)
     with load.hide_output():
-        model, sequences, has_bos = open_with_prompts(checkpoint, prompts, device, placement, say)
+        model, sequences, has_bos, _ = open_with_prompts(checkpoint, prompts, device, placement, say)
         found = scan_expert_sequences(model, sequences, progress=progress)
     return replace(found, prompts=tuple(prompts), settings={**found.settings, "bos": has_bos})
 
@@ -110,7 +110,7 @@ def scan_expert_sequences(
     bars = compute_bars([abs(watch.get_output(p)) for p in watch.projections])
     above = [peak for peak in watch.peaks.values() if bars.are_below(peak.output)]
     above.sort(key=lambda peak: -abs(peak.output))
-    found = [p for p in above if p.projection.layer < DEPTH * layers and watch.compute_state(p) >= MASSIVE]
+    found = [p for p in above if p.projection.layer < DEPTH * layers and watch.is_massive(p)]
     reached = sorted(watch.peaks.values(), key=lambda peak: -abs(peak.output))
     return ExpertScan(
         method="experts",
@@ -126,7 +126,7 @@ def scan_expert_sequences(
             "share_of_largest": SHARE_OF_LARGEST,
             "largest_bar": bars.largest,
             "depth": DEPTH,
-            "massive": MASSIVE,
+            "outstanding": OUTSTANDING,
             "experts": len(watch.projections),
             "experts_reached": len(watch.peaks),
             "dtype": str(model.dtype).removeprefix("torch."),
@@ -222,9 +222,18 @@ class ExpertOutputs(SourceWatch):
             for hidden in self._states[peak.sequence][peak.projection.layer :]
         )
 
+    def is_massive(self, peak: ExpertPeak) -> bool:
+        """Return True if the hidden state at the token and channel of a peak is massive after its layer or later."""
+        for hidden in self._states[peak.sequence][peak.projection.layer :]:
+            magnitudes = hidden.abs()
+            if magnitudes[peak.token, peak.row] >= compute_bar(magnitudes, max(float(magnitudes.median()), TINY)):
+                return True
+        return False
+
     # The Watch of forward.py ----------------------------------------------------------------------------------------
 
     def after(self, number: int, rows: Sequence[tuple[int, int]], hidden: Tensor) -> None:
+        self.refuse_streams(hidden)
         self.keep_residuals(number, hidden)
         for row, (sequence, _) in enumerate(rows):
             self._states[sequence].append(hidden[row].float().cpu())
@@ -309,8 +318,8 @@ def _write_notes(watch: ExpertOutputs, others: Sequence[ExpertPeak], layers: int
         layer, expert = _get_name(peak.projection)
         state = watch.compute_state(peak)
         late = f"its layer is in the last quarter of the {layers} layers"
-        small = f"no massive activation follows ({state:.0f} medians, at least {MASSIVE:.0f} are needed)"
-        why = small if state < MASSIVE else late
+        small = f"no massive activation follows: the largest state is {state:.0f} medians"
+        why = late if watch.is_massive(peak) else small
         where = f"layer {layer} expert {expert}"
         yield f"not listed: {where}, although its output {peak.output:.4g} is above both bars ({why})"
     if len(others) > LARGEST:

@@ -10,8 +10,10 @@ from collections.abc import Sequence
 
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.errors import add_remedy
+from swsurgery.known.own import identify
 from swsurgery.model.start_up import start_up
 from swsurgery.progress import Reporter, Rounds
+from swsurgery.scanning.activation_report import PublishedActivation
 from swsurgery.scanning.expert_report import ExpertScan
 from swsurgery.scanning.report import Method, Scan
 from swsurgery.scanning.run_options import RunOptions
@@ -51,7 +53,20 @@ def _scan_activations(
     from swsurgery.scanning.by_activations import scan_activations
 
     progress = Rounds(reporter)
-    return scan_activations(checkpoint, prompts=prompts, progress=progress, say=reporter.say, **options.on_device)
+    found = scan_activations(checkpoint, prompts=prompts, progress=progress, say=reporter.say, **options.on_device)
+    if found.passport is None:
+        return found
+    passport = dataclasses.replace(found.passport, published=_find_published(checkpoint))
+    return dataclasses.replace(found, passport=passport)
+
+
+def _find_published(checkpoint: Checkpoint) -> PublishedActivation | None:
+    """Find the published maximum activation of a checkpoint, by the repository that it is known to come from."""
+    known = identify(None, (checkpoint.repo_id, checkpoint.config.get("_name_or_path")))
+    found = known.max_activation if known else None
+    if known is None or found is None:
+        return None
+    return PublishedActivation(known.hf_id, found.value, found.layer, found.place, str(found.source))
 
 
 def _scan_weights(checkpoint: Checkpoint, reporter: Reporter) -> Scan:

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal
 
 from swsurgery._version import __version__
 from swsurgery.checkpoint.architectures import ExpertChoice
+from swsurgery.scanning.activation_report import Passport, PersistentActivation
 from swsurgery.scanning.causal_report import (
     EFFECT_COLUMNS,
     CausalTest,
@@ -27,27 +28,6 @@ from swsurgery.storage.result import TableResult
 
 Method = Literal["activations", "weights", "experts"]
 Answer = Literal["found", "none", "undecided"]
-
-
-@dataclass(frozen=True)
-class PersistentActivation:
-    """A super activation: a residual channel that is massive after each layer from `layer` through `last`.
-
-    `value` is the channel's hidden state with the largest magnitude, with its sign. It was found after layer `peak`, at
-    position `token` of prompt number `prompt`. `prompts` is the number of prompts in which the channel is massive.
-    """
-
-    layer: int
-    last: int
-    channel: int
-    value: float
-    peak: int
-    token: int
-    prompt: int
-    prompts: int
-
-    def to_json(self) -> dict[str, Any]:
-        return {key: convert_to_plain(value) for key, value in vars(self).items()}
 
 
 @dataclass(frozen=True)
@@ -207,7 +187,8 @@ class Scan(TableResult):
 
     `candidates` and `activations` are what the detector lists, and `confirmation` is the causal test, or None if it was
     not run. `notes` contains lines for the user, such as the reason why nothing was found. `layers` is the number of
-    layers of the model, and `unread` lists the layers that were not read completely.
+    layers of the model, and `unread` lists the layers that were not read completely. `passport` contains the largest
+    activation of each prompt, if prompts were run.
     """
 
     method: Method
@@ -221,6 +202,7 @@ class Scan(TableResult):
     notes: tuple[str, ...] = ()
     unread: tuple[UnreadLayer, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    passport: Passport | None = None
     shown: ClassVar[tuple[str, ...]] = ("answer", "super_weights")
 
     @property
@@ -277,6 +259,8 @@ class Scan(TableResult):
         }
         if self.profile:
             document |= {"profile": self.profile.to_json(), "prompts": list(self.prompts)}
+        if self.passport:
+            document["passport"] = self.passport.to_json()
         if self.confirmation:
             document["confirmation"] = self.confirmation.to_json()
         return document

@@ -325,13 +325,16 @@ class SourceWatch:
         """Observe further modules of a layer; none in this class."""
         return []
 
-    def keep_residuals(self, number: int, hidden: Tensor) -> None:
-        """Keep the largest hidden state after a layer. Raises Unrunnable if the layer passes several streams on."""
+    def refuse_streams(self, hidden: Tensor) -> None:
+        """Raise Unrunnable if a layer passes several residual streams on."""
         if hidden.ndim != 3:  # Gemma 3n and DeepSeek-V4
             raise Unrunnable(
                 f"its layers pass several residual streams on, and a scan by {self.method} follows one",
                 self.model.checkpoint.root,
             )
+
+    def keep_residuals(self, number: int, hidden: Tensor) -> None:
+        """Keep the largest of the hidden states after a layer, of any shape."""
         if self.broken is None and not bool(hidden.isfinite().all()):
             self.broken = number
         set_largest(self.residuals, number, hidden)

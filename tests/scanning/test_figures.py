@@ -18,13 +18,13 @@ from matplotlib.figure import Figure
 from matplotlib.textpath import TextPath
 
 from swsurgery.errors import TargetError
+from swsurgery.scanning.activation_report import PersistentActivation
 from swsurgery.scanning.causal_report import Effect
 from swsurgery.scanning.comparison import ComparedModel, Comparison
 from swsurgery.scanning.figures import check_figure_path, curve_figures, plot_scan, plot_sweep, scan_figure
 from swsurgery.scanning.report import (
     Candidate,
     Confirmation,
-    PersistentActivation,
     Profile,
     Scan,
     Sweep,

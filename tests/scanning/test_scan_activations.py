@@ -16,8 +16,10 @@ from safetensors.torch import load_file
 from swsurgery.checkpoint.opening import open_checkpoint
 from swsurgery.errors import ModelError
 from swsurgery.model import load
-from swsurgery.scanning import by_activations, sources, spikes
+from swsurgery.scanning import causes as causes_module
+from swsurgery.scanning import sources, spikes
 from swsurgery.scanning.by_activations import SCAN_PROMPTS, scan_activations, scan_sequences
+from swsurgery.scanning.causes import Decomposition, RowTerm
 from swsurgery.scanning.report import Scan
 from swsurgery.scanning.spikes import LayerSpikes
 
@@ -82,7 +84,8 @@ def test_spikes_share_and_score_are_those_of_the_model(llama, tmp_path):
     scores = [float((run["x"][1][:, 9] * weight[5, 9]).abs().max()) / m for run, m in zip(runs, medians, strict=True)]
     assert found.score == pytest.approx(max(scores), rel=1e-3)
     assert found.rank == 1 and found.value == float(weight[5, 9])
-    massive = [float(run["h"][1][:, 5].abs().max()) >= spikes.MASSIVE * m for run, m in zip(runs, medians, strict=True)]
+    bars = [spikes.compute_bar(run["h"][1].abs(), m) for run, m in zip(runs, medians, strict=True)]
+    massive = [float(run["h"][1][:, 5].abs().max()) >= bar for run, bar in zip(runs, bars, strict=True)]
     assert found.prompts == sum(massive) > 0
 
 
@@ -120,7 +123,7 @@ def test_a_report_becomes_json(llama, tmp_path):
     document = json.loads(json.dumps(scanned(llama, tmp_path).to_json(), allow_nan=False))
     [weight] = document["super_weights"]
     assert weight["tensor"] == "model.layers.1.mlp.down_proj.weight" and weight["index"] == [5, 9]
-    assert document["settings"]["massive"] == spikes.MASSIVE and document["settings"]["rounds"] == 2
+    assert document["settings"]["outstanding"] == spikes.OUTSTANDING and document["settings"]["rounds"] == 2
 
 
 def test_sequences_of_any_length_are_scanned_alike(llama, tmp_path):
@@ -176,11 +179,11 @@ def test_a_channel_beside_a_much_larger_one_is_noted_and_not_listed(llama, size,
     beside = Place(1, 2, 9)
     weights_of(llama, beside)[2].copy_(down * size)
     report = scanned(llama, tmp_path)
-    noted = [note for note in report.notes if "layer 1 also makes channel 2 massive" in note]
+    sides = [a.channel for a in report.activations if a.side]
     if listed:
-        assert places(report) == [PLACE, beside] and not noted
+        assert places(report) == [PLACE, beside] and not sides
     else:
-        assert places(report) == [PLACE] and noted
+        assert places(report) == [PLACE] and sides == [2]
 
 
 def test_what_takes_an_activation_back_is_noted(llama, tmp_path):
@@ -231,21 +234,101 @@ def test_nothing_persists_in_a_shallow_model(layers, tmp_path):
     assert len(report.profile.inputs) == layers
 
 
-def test_a_massive_embedding_is_not_traced(tmp_path):
+def causes(report: Scan) -> list[tuple]:
+    return [(a.channel, a.first, a.layer, a.last, a.cause.kind, a.cause.layer) for a in report.activations]
+
+
+def test_what_the_embedding_makes_is_no_scalar(tmp_path):
     model = build("llama")
     model.model.embed_tokens.weight.data[SEQUENCES[0][2], 6] = 5000.0
     report = scanned(model, tmp_path)
-    assert report.candidates == () == report.activations
-    assert [note.split(",")[0] for note in report.notes] == ["channel 6 massive from layer 0 on"]
+    assert report.candidates == ()
+    assert causes(report) == [(6, 0, 0, 5, "embedding", 0)]
+    assert report.activations[0].cause.added == 5000.0
 
 
-def test_what_attention_makes_is_not_traced(tmp_path):
+def test_what_attention_makes_is_no_scalar(tmp_path):
     model = build("llama")
     with torch.no_grad():
         model.model.layers[1].self_attn.o_proj.weight[6] *= 1e5
     report = scanned(model, tmp_path)
     assert report.candidates == ()
-    assert [note.split(",")[0] for note in report.notes] == ["channel 6 massive from layer 1 on"]
+    assert causes(report) == [(6, 1, 1, 5, "attention", 1)]
+    assert report.activations[0].cause.share == pytest.approx(1, abs=0.01)
+
+
+def raise_other_neurons(model, places: list[Place]) -> None:
+    """Make the neurons at `places` copies of the one at PLACE, with the same down weights."""
+    source = weights_of(model, PLACE)
+    for place in places:
+        for target, value in zip(weights_of(model, place), source, strict=True):
+            target.copy_(value)
+
+
+def test_a_neuron_that_makes_several_channels_is_named(llama, tmp_path):
+    weights_of(llama, Place(1, 2, PLACE.col))[2].copy_(weights_of(llama, PLACE)[2])
+    report = scanned(llama, tmp_path)
+    assert [(a.channel, a.cause.kind, a.cause.cols[0]) for a in report.activations] == [
+        (2, "neuron", PLACE.col),
+        (PLACE.row, "neuron", PLACE.col),
+    ]
+    assert report.activations[0].cause.describe() == f"layer 1 neuron {PLACE.col}"
+
+
+def test_many_scalars_of_a_row_are_named(llama, tmp_path):
+    raise_other_neurons(llama, [Place(1, PLACE.row, col) for col in range(24) if col != PLACE.col])
+    [activation] = scanned(llama, tmp_path).activations
+    cause = activation.cause
+    assert (cause.kind, cause.layer, cause.row) == ("row", 1, PLACE.row) and cause.half in (12, 13)
+    assert cause.share == pytest.approx(1, abs=0.1)
+
+
+def test_an_expert_is_named(tmp_path):
+    model = build("mixtral", num_experts_per_tok=2)
+    place = Place(1, 5, 9, 2)
+    plant(model, place)
+    for col in range(24):
+        for target, value in zip(weights_of(model, place._replace(col=col)), weights_of(model, place), strict=True):
+            target.copy_(value)
+    [activation] = scanned(model, tmp_path).activations
+    assert (activation.cause.kind, activation.cause.experts[0].expert) == ("expert", 2)
+    assert activation.cause.experts[0].share == pytest.approx(1, abs=0.1)
+
+
+def test_a_small_activation_is_found_and_explained(llama, tmp_path):
+    """An activation of 40 to 80 medians persists, although it is far below those of large models."""
+    down = weights_of(llama, PLACE)[2]
+    ratio = scanned(llama, tmp_path / "large").activations[0].ratio
+    down.mul_(60 / ratio)
+    report = scanned(llama, tmp_path / "small")
+    assert places(report) == [PLACE]
+    assert 30 < report.activations[0].ratio < 120
+
+
+# The passport -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("planted", [True, False])
+def test_the_passport_has_the_largest_state_of_each_prompt(planted, tmp_path):
+    model = build("llama")
+    if planted:
+        plant(model, PLACE)
+    layered = opened(model, tmp_path)
+    report = scan_sequences(layered, SEQUENCES[:2], others=[[1, *ids] for ids in SEQUENCES[:2]], has_bos=False)
+    runs = watched(model)
+    for prompt, one in enumerate(report.passport.largest[:2]):
+        states = torch.stack(runs[prompt]["h"])
+        assert (one.prompt, one.bos) == (prompt, False)
+        assert one.value == pytest.approx(float(states[one.layer, one.token, one.channel]), rel=1e-4)
+        assert abs(one.value) == pytest.approx(float(states.abs().max()), rel=1e-4)
+        assert one.ratio == pytest.approx(abs(one.value) / float(states[one.layer].abs().median()), rel=1e-3)
+    assert [one.bos for one in report.passport.largest] == [False, False, True, True]
+    extremes = report.passport.find_extremes()
+    assert [one.bos for one in extremes] == [True, False]
+    if planted:
+        assert any((one.up, one.channel, one.down) == (1, PLACE.row, None) for one in extremes)
+    alone = scan_sequences(layered, SEQUENCES[:2])
+    assert alone.candidates == report.candidates and alone.profile == report.profile
 
 
 def test_an_activation_of_many_equal_scalars_is_noted(llama, tmp_path):
@@ -256,6 +339,7 @@ def test_an_activation_of_many_equal_scalars_is_noted(llama, tmp_path):
                 target.copy_(source)
     report = scanned(llama, tmp_path)
     assert report.candidates == () and report.activations[0].channel == 5
+    assert report.activations[0].cause.kind == "row"
     assert report.notes == (
         "round 1: channel 5 persists from layer 1 on, and no scalar explains it (the largest share is 0.04)",
     )
@@ -272,13 +356,13 @@ def test_an_activation_of_many_equal_scalars_is_noted(llama, tmp_path):
     ],
 )
 def test_a_note_names_the_condition_that_failed(shares, input_spike, explained, outlier, why):
-    scalars = [by_activations._Scalar(None, 3, col, 1.0, 1.0, share, input_spike) for col, share in enumerate(shares)]
-    assert by_activations._explain_no_maker(scalars, explained, outlier) == why
+    scalars = [RowTerm(None, 3, col, 1.0, 1.0, share, input_spike) for col, share in enumerate(shares)]
+    assert Decomposition(scalars, explained, outlier, 1, ()).explain_no_maker() == why
 
 
 def test_a_scalar_whose_input_is_no_outlier_is_not_refused_for_its_share(llama, tmp_path, monkeypatch):
     assert places(scanned(llama, tmp_path / "found")) == [PLACE]
-    monkeypatch.setattr(by_activations, "OUTLIER", 1e9)
+    monkeypatch.setattr(causes_module, "OUTLIER", 1e9)
     (note,) = scanned(llama, tmp_path / "refused").notes
     assert note.endswith("explains it (the output is below 1e+09 times the median for its token)")
 
@@ -361,7 +445,7 @@ DECOMPOSED = (
 @pytest.mark.parametrize("family", DECOMPOSED)
 def test_products_add_up_to_outputs_in_every_family(family, tmp_path, monkeypatch):
     """With thresholds that let every state through, what was multiplied and the stored rows give each output."""
-    monkeypatch.setattr(spikes, "MASSIVE", 0.0)
+    monkeypatch.setattr(spikes, "OUTSTANDING", 0.0)
     monkeypatch.setattr(spikes, "MADE", 0.0)
     layers = {"n_layers": 2} if family == "mpt" else {}
     if family == "gpt_oss":
@@ -435,7 +519,13 @@ def test_smollm2(tmp_path):
     assert places(report) == [(11, 507, 1229, None), (11, 507, 1487, None), (2, 507, 90, None), (2, 507, 430, None)]
     assert [c.value for c in report.candidates] == [5.875, 6.0625, 5.09375, -5.3125]
     assert {c.prompts for c in report.candidates} == {5}
-    assert [(a.layer, a.last, a.channel) for a in report.activations] == [(2, 8, 507), (11, 27, 507)]
+    main = [a for a in report.activations if not a.side]
+    assert [(a.layer, a.last, a.channel) for a in main] == [(2, 8, 507), (11, 27, 507)]
+    assert [a.cause.kind for a in main] == ["scalar", "scalar"]
+    assert [(one.bos, one.layer, one.channel, one.up, one.down) for one in report.passport.find_extremes()] == [
+        (True, 14, 507, 11, 28),
+        (False, 12, 507, 11, 28),
+    ]
     assert any("layer 28 removes channel 507 again" in note and "[507, 678]" in note for note in report.notes)
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import random
 
 import pytest
+import torch
 from planted import SEQUENCES, Place, build, coordinate_of, opened, plant, weights_of
 
 from swsurgery.scanning.by_activations import scan_sequences
@@ -81,6 +82,20 @@ def test_a_planted_super_weight_of_another_family_is_found(family, place, settin
 def test_random_weights_have_none(family, tmp_path):
     for seed in range(5):
         report = scan_sequences(opened(build(family, seed, **FAMILIES[family][2]), tmp_path / str(seed)), SEQUENCES)
+        assert found(report) == [] == list(report.activations)
+
+
+@pytest.mark.parametrize("spread", [0.02, 1.0])
+@pytest.mark.parametrize("family", [*FAMILIES, "gemma3_text", "olmo2", "qwen3"])
+def test_random_weights_of_any_size_have_none(family, spread, tmp_path):
+    """The smaller spread is how transformers begins; with the larger one, hidden states grow from layer to layer."""
+    for seed in range(3):
+        model = build(family, seed, **FAMILIES.get(family, (0, 0, {}))[2])
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() > 1:
+                    parameter.normal_(0.0, spread)
+        report = scan_sequences(opened(model, tmp_path / str(seed)), SEQUENCES)
         assert found(report) == [] == list(report.activations)
 
 

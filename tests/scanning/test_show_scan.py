@@ -8,13 +8,13 @@ import math
 import pytest
 
 from swsurgery.cli.show_scan import show_scan, show_sweep
+from swsurgery.scanning.activation_report import PersistentActivation
 from swsurgery.scanning.causal_report import Effect
 from swsurgery.scanning.report import (
     Candidate,
     ColumnNull,
     Confirmation,
     JointSet,
-    PersistentActivation,
     Scan,
     Sweep,
     SweepPoint,

@@ -199,7 +199,9 @@ def test_a_page_about_a_scan_says_what_it_is_to_say():
     assert "step up in layer step down in layer" in text and "507 23,941 11 28" in text
     assert "L2 [507, 90]: inert, perplexity x1.02 without it" in text
     assert "2 prompts. Each begins with the token BOS." in text
-    assert "a hidden state is massive from this many times the median magnitude of its layer on massive" in text
+    assert (
+        "a hidden state is massive from this many times the typical channel maximum of its layer on outstanding" in text
+    )
     assert (
         "2 random ones of similar size, each alone" in text and "all candidates multiplied by a factor" in text.lower()
     )

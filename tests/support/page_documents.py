@@ -10,6 +10,7 @@ from reports import REPORT
 
 from swsurgery.known import lookup
 from swsurgery.model.report import Continuations, RoundedSide, Side, SuperActivation
+from swsurgery.scanning.activation_report import PersistentActivation
 from swsurgery.scanning.causal_report import Effect
 from swsurgery.scanning.comparison import ComparedModel, Comparison
 from swsurgery.scanning.expert_report import ExpertCandidate, ExpertMaximum, ExpertScan
@@ -18,7 +19,6 @@ from swsurgery.scanning.report import (
     ColumnNull,
     Confirmation,
     JointSet,
-    PersistentActivation,
     Profile,
     Scan,
     Sweep,
@@ -64,7 +64,7 @@ SCAN = Scan(
     confirmation=CONFIRMATION,
     notes=("layer 28 removes channel 507 again",),
     unread=(UnreadLayer(5, (), (DOWN.format(5),)),),
-    settings={"massive": 400.0, "bos": True, "dtype": "float32", "unheard_of": 1},
+    settings={"outstanding": 8.0, "bos": True, "dtype": "float32", "unheard_of": 1},
 )
 DOSES = [{"factor": f, "ratio": r, "low": r * 0.9, "high": r * 1.1} for f, r in ((0, 5.6), (0.5, 1.5), (1, 1.0))]
 EXPERT = ExpertCandidate(1, 68, 900.0, 5, 0, 0, 2, 1200.0, MAKER)

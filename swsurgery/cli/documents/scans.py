@@ -44,8 +44,38 @@ class ScalarItem(DocumentPart):
     listed: bool = ABSENT
 
 
+class ExpertShareItem(DocumentPart):
+    """The share of an MLP's output that one expert contributes."""
+
+    expert: ExpertNumber
+    share: PlainNumber
+
+
+class CauseItem(DocumentPart):
+    """What raises an activation in one layer: its kind, the value that the layer adds, and the cause's share of it.
+
+    `shares` contains the shares of the scalars [row, col] of `cols` in the MLP's output. `half` is the number of
+    scalars of the row that contribute half of it.
+    """
+
+    kind: Literal["scalar", "row", "neuron", "expert", "MLP", "attention", "embedding", "several layers"]
+    layer: int
+    added: PlainNumber
+    share: PlainNumber
+    expert: ExpertNumber
+    row: int | None
+    cols: list[int]
+    shares: list[PlainNumber]
+    half: int | None
+    experts: list[ExpertShareItem]
+
+
 class ActivationItem(DocumentPart):
-    """A residual channel that is massive after each layer from `layer` through `last`."""
+    """A residual channel that is massive after each layer from `first` through `last`, and what makes it.
+
+    `layer` is the layer that adds most, `made_by` describes what makes the activation there, and `ratio` is the
+    magnitude of `value` in medians of its layer. `side` is true for a side effect of a larger activation.
+    """
 
     layer: int
     last: int
@@ -55,6 +85,42 @@ class ActivationItem(DocumentPart):
     token: int
     prompt: int
     prompts: int
+    first: int | None
+    ratio: PlainNumber | None
+    side: bool
+    made_by: str | None
+    causes: list[CauseItem]
+
+
+class LargestItem(DocumentPart):
+    """The hidden state of largest magnitude in one prompt, and the layers where it rises most and falls below half."""
+
+    prompt: int
+    bos: bool
+    value: PlainNumber
+    layer: int
+    token: int
+    channel: int
+    ratio: PlainNumber
+    up: int
+    down: int | None
+
+
+class PublishedMaximumItem(DocumentPart):
+    """The largest activation that a publication states for the model."""
+
+    model: str
+    value: PlainNumber
+    layer: int | None
+    place: str
+    source: str
+
+
+class PassportItem(DocumentPart):
+    """The largest activation of each prompt, with and without BOS, beside the published value."""
+
+    largest: list[LargestItem]
+    published: PublishedMaximumItem | None
 
 
 class CoordinateItem(DocumentPart):
@@ -152,6 +218,7 @@ class ScanDocument(Document):
     settings: dict[str, Any]
     profile: ProfileItem = ABSENT
     prompts: list[str] = ABSENT
+    passport: PassportItem = ABSENT
     confirmation: ConfirmationItem = ABSENT
 
 

@@ -13,6 +13,7 @@ from statistics import median
 from typing import TYPE_CHECKING, NamedTuple
 
 from swsurgery.errors import escape_control, pluralise
+from swsurgery.scanning.activation_report import PersistentActivation
 from swsurgery.scanning.causal_report import Verdict
 from swsurgery.scanning.expert_report import ExpertScan
 from swsurgery.scanning.figures.sheet import (
@@ -40,7 +41,7 @@ from swsurgery.scanning.figures.sheet import (
     set_own_style,
     write_note,
 )
-from swsurgery.scanning.report import Candidate, PersistentActivation, Profile, Scan
+from swsurgery.scanning.report import Candidate, Profile, Scan
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -51,8 +51,10 @@ RUNNERS_UP = 5
 """Number of layers without a candidate that the page lists, those with the largest outputs."""
 
 SETTINGS = {
-    "massive": "a hidden state is massive from this many times the median magnitude of its layer on",
-    "made": "an MLP makes a massive state if it adds at least this share of it",
+    "outstanding": "a hidden state is massive from this many times the typical channel maximum of its layer on",
+    "least_maximum": "the typical channel maximum is at least this many medians",
+    "prominent": "the scalars of a state are searched for from this share of the largest hidden states on",
+    "made": "a layer makes a massive state if it adds at least this share of it",
     "kept": "a state persists while it keeps at least this share of its first value",
     "layers_kept": "number of layers through which a state must persist",
     "share": "a candidate makes at least this share of the output in its row",
@@ -82,7 +84,12 @@ def render_scan(subject: str, document: Document) -> Page:
     """Render the document of `scan` for the checkpoint `subject`."""
     experts = read_text(document, "method") == "experts"
     sections = [
-        make_section("Where the largest activations are", _show_activations(document), _show_profile(document)),
+        make_section(
+            "Where the largest activations are",
+            _show_passport(document),
+            _show_activations(document),
+            _show_profile(document),
+        ),
         make_section("Candidates", _show_experts(document) if experts else _show_candidates(document)),
         *show_effects(document),
         make_section("What was not found, and how close it came", *_show_misses(document)),
@@ -112,6 +119,28 @@ def _count_candidates(number: int, noun: str) -> str:
     return f"{pluralise(number, 'candidate')} for {pluralise(number, noun).partition(' ')[2]}, not confirmed"
 
 
+def _show_passport(document: Document) -> Markup:
+    """Render the largest activation of each prompt, with and without BOS, and the published value."""
+    passport = read_map(document, "passport")
+    rows = []
+    for one in read_maps(passport, "largest"):
+        down = read_integer(one, "down")
+        places = (read_integer(one, key) for key in ("layer", "token", "channel", "up"))
+        values = show_number(one.get("value")), show_number(one.get("ratio"))
+        bos = "with BOS" if one.get("bos") is True else "without BOS"
+        rows.append([read_integer(one, "prompt"), bos, *values, *places, "never" if down is None else str(down)])
+    if not rows:
+        return join([])
+    header = (
+        *("prompt", "", "largest value", "in medians", "layer", "token", "channel"),
+        *("step up in layer", "step down in layer"),
+    )
+    known = read_map(passport, "published")
+    words = [show_number(known.get("value")), *(read_text(known, key) for key in ("model", "place", "source"))]
+    facts = make_facts([("published", ", ".join(str(word) for word in words if word))] if known else [])
+    return join([make_table(header, rows, numeric=(0, *range(2, len(header)))), facts])
+
+
 def _show_activations(document: Document) -> Markup:
     """Render where each super activation appears and disappears."""
     last_layer = (read_integer(document, "layers") or 0) - 1
@@ -120,13 +149,15 @@ def _show_activations(document: Document) -> Markup:
         last = read_integer(one, "last")
         down = "never" if last is None or last >= last_layer else str(last + 1)
         numbers = (read_integer(one, key) for key in ("peak", "prompt", "token", "prompts"))
-        value = show_number(one.get("value"))
-        rows.append([read_integer(one, "channel"), value, read_integer(one, "layer"), down, *numbers])
+        value, ratio = show_number(one.get("value")), show_number(one.get("ratio"))
+        side = "side effect" if one.get("side") is True else ""
+        up = read_integer(one, "layer")
+        rows.append([read_integer(one, "channel"), value, ratio, up, down, *numbers, read_text(one, "made_by"), side])
     header = (
-        *("channel", "largest value", "step up in layer", "step down in layer"),
-        *("largest after layer", "prompt", "token", "in prompts"),
+        *("channel", "largest value", "in medians", "step up in layer", "step down in layer"),
+        *("largest after layer", "prompt", "token", "in prompts", "made by", ""),
     )
-    return make_table(header, rows, numeric=range(len(header)))
+    return make_table(header, rows, numeric=range(len(header) - 2))
 
 
 def _show_profile(document: Document) -> Markup:
