@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeVar, get_args
+from typing import Protocol, get_args
 
 from swsurgery.checkpoint import journal
 from swsurgery.checkpoint.checkpoint import Checkpoint
@@ -19,6 +19,7 @@ from swsurgery.checkpoint.copies import look_at_others
 from swsurgery.checkpoint.damage import Survey, find_present_weights, read_damaged_shards
 from swsurgery.checkpoint.gguf_config import make_config
 from swsurgery.checkpoint.gguf_survey import check_parts, find_parts, read_damaged_parts, refuse_part
+from swsurgery.checkpoint.headers import find_disagreements, read_each, read_headers, read_shards
 from swsurgery.checkpoint.hints import is_cache_folder, suggest_neighbour, suggest_snapshot
 from swsurgery.checkpoint.journal_format import Journal
 from swsurgery.checkpoint.listing import LEFT_OUT, identify_cache, is_cache_snapshot, list_files, open_directory
@@ -31,7 +32,6 @@ from swsurgery.checkpoint.weight_files import (
     has_only_gguf,
     has_several_sets,
     is_gguf,
-    refuse_too_many,
 )
 from swsurgery.errors import CheckpointError, TargetError
 from swsurgery.hub import RemoteTree, open_location, parse_location
@@ -44,11 +44,8 @@ from swsurgery.storage.folder import Folder, SingleFile
 from swsurgery.storage.gguf import GgufFile, open_gguf
 from swsurgery.storage.names import WORKING_FILES, is_undo_name
 from swsurgery.storage.numbers import format_size
-from swsurgery.storage.shard import Shard, open_shard
+from swsurgery.storage.shard import Shard
 from swsurgery.storage.strict_json import quote, read_config
-from swsurgery.threads import Pool
-
-T = TypeVar("T")
 
 
 class Chosen(Protocol):
@@ -174,7 +171,7 @@ def survey_checkpoint(
         return _survey_gguf(listing, names)
     chosen, damages = find_present_weights(listing.root, names, weights, variant, elsewhere)
     present = [names[name] for name in chosen.shards if name in names]
-    shards, faults = read_damaged_shards(present, _map_files, listing.root)
+    shards, faults = read_damaged_shards(present, read_each, listing.root)
     return Survey(
         checkpoint=_build(listing, names, chosen, shards, compare_size=False),
         damages=(*damages, *faults),
@@ -186,7 +183,7 @@ def survey_checkpoint(
 def _survey_gguf(listing: _Listing, names: Mapping[str, BaseFile]) -> Survey:
     """Read the header of the GGUF file, or of each part of a split one, with the weights of a checkpoint."""
     found, damages = find_parts(listing.root, names)
-    parts, faults = read_damaged_parts([names[name] for name in found], _map_files)
+    parts, faults = read_damaged_parts([names[name] for name in found], read_each)
     first = parts.get(found[0])
     checkpoint = _build_gguf(listing, parts, make_config(first.metadata) if first else {})
     damages += [*faults, *check_parts(parts, missing=bool(damages or faults))]
@@ -205,7 +202,7 @@ def _read(
     if gguf and has_only_gguf(names):
         return _read_gguf(listing, names, elsewhere)
     chosen = find_weights(listing.root, names, weights, variant, elsewhere)
-    shards = _read_shards([names[name] for name in chosen.shards if name in names], listing.root)
+    shards = read_shards([names[name] for name in chosen.shards if name in names], listing.root)
     return _build(listing, names, chosen, shards, compare_size=not elsewhere)
 
 
@@ -225,14 +222,14 @@ def _build(
         weight_map = {tensor: name for name, shard in shards.items() for tensor in shard.tensors}
     else:
         weight_map = {tensor: name for tensor, name in chosen.weight_map.items() if name in shards}
-        disagreements = _find_disagreements(chosen, weight_map, shards)
+        disagreements = find_disagreements(chosen, weight_map, shards)
     notes = []
     stored = sum(shard.size - shard.data_start for shard in shards.values())
     if chosen.total_size is not None and chosen.total_size != stored and compare_size:
         notes.append(f"{chosen.index} states total_size {chosen.total_size}, but the shards contain {stored} bytes")
     config = read_config(names["config.json"].source, "config.json") if "config.json" in names else {}
     rest = [f for f in listing.files if f.name not in {*chosen.shards, chosen.index} and not is_undo_name(f.name)]
-    others = look_at_others(rest, shards, _read_headers)
+    others = look_at_others(rest, shards, read_headers)
     return Checkpoint(
         root=listing.root,
         files=listing.files,
@@ -261,7 +258,7 @@ def _read_gguf(listing: _Listing, names: Mapping[str, BaseFile], elsewhere: Coll
     found, missing = find_parts(listing.root, names)
     if lost := [damage.file for damage in missing if damage.file not in elsewhere]:
         raise CheckpointError(f"a part of the model is missing: {lost[0]}", listing.root, "download all parts")
-    parts = dict(_map_files([names[name] for name in found], lambda file: open_gguf(file.source)))
+    parts = dict(read_each([names[name] for name in found], lambda file: open_gguf(file.source)))
     for damage in check_parts(parts, missing=bool(missing)):
         raise CheckpointError(damage.what, f"{listing.root}/{damage.file}", "download the parts again")
     return _build_gguf(listing, parts, make_config(parts[found[0]].metadata))
@@ -277,7 +274,7 @@ def _build_gguf(listing: _Listing, parts: Mapping[str, GgufFile], config: dict[s
         weight_map |= dict.fromkeys(part.shard.tensors, name)
     shards = {name: part.shard for name, part in parts.items()}
     rest = [file for file in listing.files if file.name not in shards and not is_undo_name(file.name)]
-    others = look_at_others(rest, shards, _read_headers)
+    others = look_at_others(rest, shards, read_headers)
     return Checkpoint(
         root=listing.root,
         files=listing.files,
@@ -394,79 +391,3 @@ def _list_repository(repo: RemoteTree) -> _Listing:
         if name.split("/")[0] not in left_out and name not in WORKING_FILES
     )
     return _Listing(repo, files, tuple(sorted(left_out)), repo.repo_id, repo.commit, repo.sub)
-
-
-def _read_shards(files: list[BaseFile], root: Path | RemoteTree) -> dict[str, Shard]:
-    """Return the shards in these files, as a dict from the file's name to the shard with its header.
-
-    Raises CheckpointError if headers are malformed, with at most MAX_LISTED of them listed. Also raises it if the
-    shards have too many tensors.
-    """
-    faults: list[str] = []
-    shards: dict[str, Shard] = {}
-    size = sum(file.size for file in files)
-    for name, shard in _read_headers(files):
-        if isinstance(shard, CheckpointError):
-            faults += shard.faults
-            continue
-        shards[name] = shard
-        refuse_too_many(sum(len(shard.tensors) for shard in shards.values()), size, root)
-    if faults:
-        raise CheckpointError.of(format_some(faults))
-    return shards
-
-
-def _read_headers(files: Sequence[BaseFile]) -> Iterator[tuple[str, Shard | CheckpointError]]:
-    """Yield (name, shard) for each file, or (name, error) if the header of the file is malformed."""
-
-    def read_header(file: BaseFile) -> Shard | CheckpointError:
-        try:
-            return open_shard(file.source)
-        except CheckpointError as error:
-            return error
-
-    return _map_files(files, read_header)
-
-
-def _map_files(files: Sequence[BaseFile], read: Callable[[BaseFile], T]) -> Iterator[tuple[str, T]]:
-    """Yield (name, what `read` returns) for each file.
-
-    Each header in a repository takes one request, so eight headers are read at a time.
-    """
-
-    def read_named(file: BaseFile) -> tuple[str, T]:
-        return file.name, read(file)
-
-    if not all(file.is_here for file in files):
-        with Pool(8) as pool:
-            yield from pool.map(read_named, files)
-    else:
-        yield from map(read_named, files)
-
-
-def _find_disagreements(chosen: WeightFiles, weight_map: dict[str, str], shards: dict[str, Shard]) -> dict[str, str]:
-    """Find the tensors for which the index contradicts the shards.
-
-    Returns a dict from the tensor's name to a description of the contradiction.
-    """
-    index_name = chosen.index
-    homes: dict[str, list[str]] = {}
-    for name, shard in shards.items():
-        for tensor in shard.tensors:
-            homes.setdefault(tensor, []).append(name)
-    found = {}
-    for tensor, named in weight_map.items():
-        if named not in homes.get(tensor, ()):
-            actual = ", ".join(homes.get(tensor, ())) or "no shard"
-            found[tensor] = f"{index_name} puts it in {named}, but it is in {actual}"
-    for tensor, names in homes.items():
-        if len(names) > 1:
-            found.setdefault(tensor, f"it is stored in {len(names)} shards: {', '.join(names)}")
-        if tensor in chosen.weight_map:
-            if tensor not in weight_map:
-                found.setdefault(
-                    tensor, f"{index_name} puts it in {chosen.weight_map[tensor]}, but it is in {names[0]}"
-                )
-        else:
-            found.setdefault(tensor, f"it is in {names[0]}, but {index_name} does not list it, so loaders skip it")
-    return found
