@@ -15,11 +15,14 @@ from swsurgery.cli.options import (
     DeviceOption,
     DirectoryArgument,
     GenerateOption,
+    LimitOption,
     MaxRatio,
     MinRatio,
     PageOption,
     PlacementOption,
     PromptOption,
+    TasksDirOption,
+    TasksOption,
     TextOption,
     VariantOption,
     WeightsOption,
@@ -27,10 +30,12 @@ from swsurgery.cli.options import (
     WindowsOption,
     command,
     read_text,
+    split_tasks,
+    table_command,
 )
 from swsurgery.cli.output import Output, print_text
 from swsurgery.cli.pages import refuse_page, write_page
-from swsurgery.errors import CheckFailed, escape_control
+from swsurgery.errors import CheckFailed, SwsurgeryError, escape_control
 
 
 @command
@@ -163,7 +168,7 @@ def revert(
             out.note(note)
 
 
-@command
+@table_command
 def check(
     out: Output,
     checkpoint: CheckpointArgument,
@@ -184,16 +189,21 @@ def check(
     generate: GenerateOption = 0,
     activation_bits: ActivationBitsOption = None,
     activation_per: ActivationPerOption = "tensor",
+    tasks: TasksOption = None,
+    tasks_dir: TasksDirOption = None,
+    limit: LimitOption = None,
     page: PageOption = None,
 ) -> None:
     """Run a patched checkpoint and its base on the same text. Exit 1 if a bound is not met.
 
     With --base, any two checkpoints of one architecture are compared. Without it, a checkpoint that has no record is
-    run alone: it is compared with nothing, so a bound is an error.
+    run alone: it is compared with nothing, so a bound is an error. --csv and --latex print the scores of --tasks.
     """
     from swsurgery.cli import show
     from swsurgery.editing import sanity
 
+    if out.table is not None and tasks is None:
+        raise SwsurgeryError(f"--{out.table} prints the scores of tasks", remedy="name them with --tasks")
     refuse_page(page, checkpoint, base, text)
     report = sanity.check(
         checkpoint,
@@ -211,9 +221,15 @@ def check(
         generate=generate,
         activation_bits=activation_bits,
         activation_per=activation_per,
+        tasks=split_tasks(tasks),
+        tasks_dir=tasks_dir,
+        limit=limit,
         reporter=out.make_reporter(),
     )
-    out.print_result(report, lambda report: show.show_check(report.to_json()))
+    if out.table is not None and report.tasks is not None:
+        out.print_result(report.tasks, lambda found: None)
+    else:
+        out.print_result(report, lambda report: show.show_check(report.to_json()))
     write_page(out, page, "check", checkpoint, report.to_json())
     if not report.ok:
         raise typer.Exit(1)

@@ -167,6 +167,14 @@ PageOption = Annotated[Path | None, typer.Option(help="Also write the result as 
 GenerateOption = Annotated[
     int, typer.Option(min=0, metavar="N", help="Also continue each prompt by N tokens with both models.")
 ]
+TasksOption = Annotated[
+    str | None,
+    typer.Option(metavar="NAMES", help="Also run these tasks of lm-evaluation-harness, separated by commas."),
+]
+TasksDirOption = Annotated[
+    Path | None, typer.Option(help="A directory with further task files for --tasks. A task file can run code.")
+]
+LimitOption = Annotated[int | None, typer.Option(min=1, metavar="N", help="Run at most N items of each task.")]
 WindowsOption = Annotated[int, typer.Option(min=1, help="Maximum number of windows of text to measure on.")]
 WindowOption = Annotated[int, typer.Option(min=2, help="Tokens in each window; shorter windows are faster.")]
 
@@ -208,6 +216,11 @@ def read_text(path: Path | None) -> str | None:
     if not text:
         raise SwsurgeryError("the text is empty", path, "give a longer text")
     return text
+
+
+def split_tasks(tasks: str | None) -> list[str] | None:
+    """Return the names in a list that is separated by commas; None if the option was not given."""
+    return None if tasks is None else [name.strip() for name in tasks.split(",")]
 
 
 def refuse_replacing(report: Path | None, inputs: Iterable[object], option: str = "--output") -> None:

@@ -14,15 +14,19 @@ from swsurgery.cli.options import (
     ActivationPerOption,
     BaseOption,
     DeviceOption,
+    LimitOption,
     PageOption,
     PlacementOption,
     PlotOption,
+    TasksDirOption,
+    TasksOption,
     TextOption,
     VariantOption,
     WeightsOption,
     WindowOption,
     WindowsOption,
     read_text,
+    split_tasks,
     table_command,
 )
 from swsurgery.cli.output import Output
@@ -162,6 +166,9 @@ def compare(
     placement: PlacementOption = "auto",
     activation_bits: ActivationBitsOption = None,
     activation_per: ActivationPerOption = "tensor",
+    tasks: TasksOption = None,
+    tasks_dir: TasksDirOption = None,
+    limit: LimitOption = None,
 ) -> None:
     """Measure a base and the result of each manifest in one run, without writing a checkpoint."""
     from swsurgery.cli import show_scan
@@ -179,6 +186,9 @@ def compare(
         placement=placement,
         activation_bits=activation_bits,
         activation_per=activation_per,
+        tasks=split_tasks(tasks),
+        tasks_dir=tasks_dir,
+        limit=limit,
         reporter=out.make_reporter(),
     )
     if plot:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from swsurgery.cli.output import print_table, print_text
+from swsurgery.cli.show_tasks import show_tasks
 from swsurgery.errors import escape_control, list_some, pluralise
 from swsurgery.storage.numbers import format_number, format_ratio, format_size
 
@@ -138,6 +139,7 @@ def show_check(document: Mapping[str, Any]) -> None:
     print_text(f"perplexity ratio {ratio}, KL(base || patched) {kl} nats per token")
     _list_rounded(document)
     _list_continuations(document, ("base", "patched"))
+    show_tasks(document.get("tasks"))
     _describe_measured(document)
 
 
@@ -147,6 +149,7 @@ def _check_alone(document: Mapping[str, Any]) -> None:
     print_text("nothing was compared, because there is no record of the base and no --base")
     _list_rounded(document)
     _list_continuations(document, ("patched",))
+    show_tasks(document.get("tasks"))
     _describe_measured(document)
 
 

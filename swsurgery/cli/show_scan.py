@@ -20,6 +20,7 @@ from swsurgery.cli.scan_parts import (
     print_measured,
     print_notes,
 )
+from swsurgery.cli.show_tasks import show_tasks
 from swsurgery.errors import escape_control, pluralise
 from swsurgery.model.intervals import LEAST_WINDOWS
 from swsurgery.model.text import describe_measured_text
@@ -170,6 +171,7 @@ def show_comparison(report: Comparison) -> None:
     print_text(f"KL(base || model) is in nats per token; {intervals}")
     where = f"{report.dtype} on {escape_control(report.device)}, {escape_control(report.method)}"
     print_text(f"measured on {describe_measured_text(report)}, {where}")
+    show_tasks(None if report.tasks is None else report.tasks.to_json())
 
 
 def _format_ends(low: float | None, high: float | None, write: Callable[[float], str]) -> str:

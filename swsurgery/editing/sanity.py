@@ -26,6 +26,8 @@ from swsurgery.model import Placement
 from swsurgery.model.check import run_checks
 from swsurgery.model.report import CheckedBounds, CheckReport
 from swsurgery.model.run_arguments import refuse_bad_prompts, refuse_device, refuse_empty_text
+from swsurgery.model.tasks.load import load_tasks
+from swsurgery.model.tasks.options import TaskOptions
 from swsurgery.model.variant import PerActivation, Variant, list_roundings
 from swsurgery.progress import Progress, Reporter, require_reporter
 from swsurgery.storage.arguments import (
@@ -123,6 +125,9 @@ def check(
     activation_bits: int | None = None,
     activation_per: PerActivation = "tensor",
     generate: int = 0,
+    tasks: Sequence[str] | None = None,
+    tasks_dir: str | Path | None = None,
+    limit: int | None = None,
     reporter: Reporter | None = None,
 ) -> CheckReport:
     """Run a checkpoint and compare it with `base` or, if it has a record, with the base of the record.
@@ -143,19 +148,25 @@ def check(
     With `activation_bits`, the models also run with the inputs of their linear layers rounded to so many bits, once as
     they are and once with the super activation held out.
 
-    Raises TypeError, HubError, CheckpointError, ModelError, PlanError; TargetError if another run is editing the
-    checkpoint in place.
+    `tasks` are names of tasks of lm-evaluation-harness, which all of these models answer. `tasks_dir` is a directory
+    with further task files, and `limit` the maximum number of items of each task. Task files can run code, and their
+    data are downloaded if they are not in the cache of datasets.
+
+    Raises TypeError, HubError, CheckpointError, ModelError, PlanError; SwsurgeryError for a task that cannot be run;
+    TargetError if another run is editing the checkpoint in place.
     """
     reporter = require_reporter(reporter)
     bounds = make_bounds(max_perplexity_ratio, min_perplexity_ratio)
     roundings = list_roundings(activation_bits, activation_per)
     options = CheckOptions("forward", device, placement, text, prompts, bounds, windows, window, generate)
+    asked = TaskOptions.of(tasks, tasks_dir, limit)
     require_choice("weights", weights, get_args(Weights), optional=True)
     require_type("variant", variant, str, optional=True)
     where = parse_location(require_location("checkpoint", checkpoint))
     if isinstance(where, Uri) and bounds and base is None:  # raises before the weights are downloaded
         with held(open_location(where)) as remote:
             _refuse_bounds_without_base(where, find_record(remote), bounds)
+    loaded = None if asked is None else load_tasks(asked, reporter)
     root = download_checkpoint(where)
     with held(root) as entered, contextlib.ExitStack() as bases:
         patched = find_record(entered)
@@ -181,6 +192,7 @@ def check(
                 base=found_base,
                 generate=options.generate,
                 roundings=roundings,
+                tasks=loaded,
                 text=options.text,
                 prompts=options.prompts,
                 bounds=options.bounds,

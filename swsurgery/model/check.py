@@ -17,6 +17,7 @@ from swsurgery.errors import ModelError
 from swsurgery.model import Placement, ScalarChange, tokens
 from swsurgery.model.report import CheckedBounds, CheckReport, Continuations, Generation, RoundedSide
 from swsurgery.model.start_up import start_up_and_tokenize
+from swsurgery.model.tasks.load import LoadedTasks
 from swsurgery.model.tokenizer import Tokenizer
 from swsurgery.model.variant import Rounding, Scalars, Variant, describe_rounding
 from swsurgery.progress import Progress, Silent
@@ -24,6 +25,8 @@ from swsurgery.storage.dtypes import decode
 
 if TYPE_CHECKING:
     from swsurgery.model.measure import Totals
+    from swsurgery.model.pair import ModelPair
+    from swsurgery.model.tasks.report import TaskReport
 
 PROMPTS = (
     "Summer is hot. Winter is",
@@ -54,6 +57,7 @@ def run_checks(
     placement: Placement = "auto",
     roundings: Sequence[Rounding] = (),
     generate: int = 0,
+    tasks: LoadedTasks | None = None,
     progress: Progress | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> CheckReport:
@@ -82,7 +86,7 @@ def run_checks(
     With `generate`, both models continue each prompt by at most so many tokens, always by the most likely one.
 
     With `roundings`, both models also run with rounded activations, and the report lists their figures. Bounds do not
-    apply to these.
+    apply to these. With `tasks`, all of these models also answer the requests of the tasks.
 
     Raises ModelError with one line if a library is missing, if the device does not work or is too small, if the model
     or the tokenizer cannot be loaded, or if a changed scalar is not in the loaded model. A failed check raises nothing:
@@ -125,6 +129,7 @@ def run_checks(
                 tops = [measure.list_top_tokens(words.tokenizer, outcomes.logits[at]) for at in range(sides)]
                 continuations.append(Continuations(prompts[number], tops[0], tops[-1]))
             made = pair.generate(beginnings, generate, context, progress or Silent()) if generate else []
+            scores = None if tasks is None else _run_tasks(tasks, checkpoint.directory, pair, roundings, progress)
         texts = [words.tokenizer.batch_decode(side) for side in made]
         last = sides - 1
         interval = totals.compute_ratio_interval(last)
@@ -155,7 +160,25 @@ def run_checks(
                 Generation(prompt, texts[0][at] if len(texts) > 1 else None, texts[-1][at])
                 for at, prompt in enumerate(prompts if texts else ())
             ),
+            tasks=scores,
         )
+
+
+def _run_tasks(
+    tasks: LoadedTasks, directory: Path, pair: ModelPair, roundings: Sequence[Rounding], progress: Progress | None
+) -> TaskReport:
+    """Answer the requests of tasks with the models of `pair.run`, in its order."""
+    from swsurgery.model.tasks.measure_tasks import measure_tasks
+
+    sides = ("base", "patched") if pair.has_base else ("patched",)
+    names = [
+        side if rounding is None else f"{side}, {describe_rounding(rounding)}"
+        for rounding in (None, *roundings)
+        for side in sides
+    ]
+    return measure_tasks(
+        tasks, directory, pair.patched, names, lambda sequences: pair.run(sequences, roundings, progress)
+    )
 
 
 def _make_rounded(totals: Totals, number: int, side: str, rounding: Rounding) -> RoundedSide:

@@ -10,6 +10,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from swsurgery.model.tasks.report import TaskReport
 from swsurgery.storage.numbers import round_number
 from swsurgery.storage.result import Result
 
@@ -132,6 +133,7 @@ class CheckReport(Result):
     ratio_low: float | None = None
     ratio_high: float | None = None
     generations: tuple[Generation, ...] = ()
+    tasks: TaskReport | None = None
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -228,6 +230,8 @@ class CheckReport(Result):
             ]
         if self.generations:
             document["generations"] = [dict(vars(each)) for each in self.generations]
+        if self.tasks is not None:
+            document["tasks"] = self.tasks.to_json()
         if self.notes:
             document["notes"] = list(self.notes)
         if not self.compared:

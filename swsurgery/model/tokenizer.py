@@ -153,6 +153,11 @@ def start() -> None:
             _idle.append(_Process())
 
 
+def _read_token(value: object) -> int | None:
+    assert value is None or isinstance(value, int)
+    return value
+
+
 def _take(directory: Path) -> _Process:
     """Return the idle process, or start one. Raises Unrunnable, naming `directory`, if no process can be started."""
     while _idle:
@@ -198,9 +203,10 @@ class Tokenizer:
         self._released.atexit = False  # the process is killed at exit instead
         self._process.allow(SECONDS)
         answer = self._ask({"load": str(directory), "memory": MEMORY, "seconds": SECONDS})
-        size, bos, files = answer["size"], answer["bos"], answer["files"]
-        assert isinstance(size, int) and (bos is None or isinstance(bos, int)) and isinstance(files, list)
-        self._size, self.bos_token_id = size, bos
+        size, files = answer["size"], answer["files"]
+        assert isinstance(size, int) and isinstance(files, list)
+        self._size = size
+        self.bos_token_id, self.eos_token_id = (_read_token(answer[name]) for name in ("bos", "eos"))
         # For some model types, transformers invents an almost empty tokenizer if the directory has no tokenizer file.
         names = {"tokenizer.json", "tokenizer.model", "tekken.json", *map(str, files)}
         if not any((directory / name).is_file() for name in names):

@@ -75,9 +75,10 @@ def serve(directory: str) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    bos = tokenizer.bos_token_id
+    special = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id}
+    special = {name: token if isinstance(token, int) else None for name, token in special.items()}
     files = [str(name) for name in tokenizer.vocab_files_names.values()]
-    write_answer({"size": len(tokenizer), "bos": bos if isinstance(bos, int) else None, "files": files})
+    write_answer({"size": len(tokenizer), **special, "files": files})
     while (request := read_request()) is not None:
         if "end" in request:
             write_answer({})

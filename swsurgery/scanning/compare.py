@@ -18,6 +18,8 @@ from swsurgery.hub import download_checkpoint
 from swsurgery.manifest.load import LoadedManifest, ManifestLike, load_manifest
 from swsurgery.model import Placement
 from swsurgery.model.start_up import start_up
+from swsurgery.model.tasks.load import load_tasks
+from swsurgery.model.tasks.options import TaskOptions
 from swsurgery.model.variant import PerActivation, list_roundings
 from swsurgery.progress import Reporter, Rounds, require_reporter
 from swsurgery.scanning import figures
@@ -38,6 +40,9 @@ def compare(
     placement: Placement = "auto",
     activation_bits: int | None = None,
     activation_per: PerActivation = "tensor",
+    tasks: Sequence[str] | None = None,
+    tasks_dir: str | Path | None = None,
+    limit: int | None = None,
     reporter: Reporter | None = None,
 ) -> Comparison:
     """Measure one base and the result of applying each of `manifests` to it, in one run; no checkpoint is written.
@@ -45,10 +50,11 @@ def compare(
     `base` replaces the base of every manifest; without it, all manifests must name the same base. A base on the Hub is
     downloaded. The text and the options of the model are those of `check`. With `activation_bits`, every model also
     runs with the inputs of its linear layers rounded to so many bits, once as they are and once with the super
-    activation held out (arXiv:2411.07191, section 4.1). `plot` is a figure, .png, .svg or .pdf.
+    activation held out (arXiv:2411.07191, section 4.1). `plot` is a figure, .png, .svg or .pdf. `tasks`, `tasks_dir`
+    and `limit` are those of `check`; every model answers the tasks.
 
     Raises TypeError, HubError, ManifestError (no manifest, or different bases), CheckpointError, PlanError, ModelError,
-    TargetError.
+    TargetError; SwsurgeryError for a task that cannot be run.
     """
     reporter = require_reporter(reporter)
     if isinstance(manifests, (str, Path)) or not isinstance(manifests, Sequence):
@@ -56,10 +62,12 @@ def compare(
     target = None if plot is None else require_path("plot", plot)
     options = RunOptions(device, placement, text, windows, window)
     roundings = list_roundings(activation_bits, activation_per)
+    asked = TaskOptions.of(tasks, tasks_dir, limit)
     if target is not None:
         figures.check_figure_path(target)
     loaded = [load_manifest(manifest, base) for manifest in manifests]
     _refuse_different_bases(loaded, base)
+    known = None if asked is None else load_tasks(asked, reporter)
     with contextlib.ExitStack() as stack:
         entered = stack.enter_context(held(download_checkpoint(find_base(loaded[0], base))))
         checkpoint = read_checkpoint(entered, loaded[0].manifest.base)
@@ -71,6 +79,7 @@ def compare(
             checkpoint,
             plans,
             roundings,
+            tasks=known,
             progress=Rounds(reporter),
             say=reporter.say,
             **options.on_text,

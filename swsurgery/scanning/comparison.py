@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from swsurgery.model.tasks.report import TaskReport
 from swsurgery.storage.numbers import round_number
 from swsurgery.storage.result import TableResult
 
@@ -39,6 +40,12 @@ class ComparedModel:
     stopword_mass: float
     finite: bool
 
+    @property
+    def name(self) -> str:
+        """The path of the manifest or "base", and how activations were rounded."""
+        name = "base" if self.manifest is None else self.manifest
+        return name if self.activations == "as computed" else f"{name}, {self.activations}"
+
     def to_json(self) -> dict[str, Any]:
         """Return the fields as strict JSON types, with 6 significant digits; NaN and infinities become None."""
         return {
@@ -63,13 +70,23 @@ class Comparison(TableResult):
     dtype: str
     device: str
     method: str
+    tasks: TaskReport | None = None
 
     def to_rows(self) -> list[dict[str, object]]:
-        """Return one row per model: the fields of a ComparedModel."""
-        return [model.to_json() for model in self.models]
+        """Return one row per model: the fields of a ComparedModel, and its scores on tasks."""
+        return [
+            model.to_json() | ({} if self.tasks is None else self.tasks.to_columns(number))
+            for number, model in enumerate(self.models)
+        ]
 
     def to_json(self) -> dict[str, Any]:
         """Return the document that `compare --json` prints."""
-        document: dict[str, Any] = {"version": 1, "base": self.base, "models": self.to_rows()}
+        document: dict[str, Any] = {
+            "version": 1,
+            "base": self.base,
+            "models": [model.to_json() for model in self.models],
+        }
         names = ("windows", "window_tokens", "scored_tokens", "text_sha256", "dtype", "device", "method")
+        if self.tasks is not None:
+            document["tasks"] = self.tasks.to_json()
         return document | {name: getattr(self, name) for name in names}

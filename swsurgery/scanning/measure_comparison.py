@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +17,8 @@ from swsurgery.editing.overlay import overlay_checkpoint
 from swsurgery.editing.plan import Plan
 from swsurgery.model import Placement, load, measure, tokens
 from swsurgery.model.check import read_built_in_text
+from swsurgery.model.tasks.load import LoadedTasks
+from swsurgery.model.tasks.measure_tasks import measure_tasks
 from swsurgery.model.torch_dtypes import TORCH_DTYPES
 from swsurgery.model.variant import Rounding, Scalars, Variant, describe_rounding
 from swsurgery.model.windows import count_variants_at_once, cut_text_windows
@@ -33,6 +36,7 @@ def compare_plans(
     plans: Sequence[Plan],
     roundings: Sequence[Rounding],
     *,
+    tasks: LoadedTasks | None = None,
     text: str | None,
     windows: int,
     window: int,
@@ -44,7 +48,7 @@ def compare_plans(
     """Measure the base `checkpoint` and the checkpoint that each plan would write.
 
     Every model runs as it is and with each of `roundings`. Variants share one pass over the weights, or a few if their
-    hidden states need too much memory.
+    hidden states need too much memory. With `tasks`, every model also answers their requests.
     """
     text = read_built_in_text() if text is None else text
     overlays = [overlay_checkpoint(plan, progress) for plan in plans]
@@ -67,6 +71,11 @@ def compare_plans(
                     totals.add_window(pieces[outcomes.sequence], outcomes)
                 first = 0 if begin == 1 else 1
                 models += [_make_model(totals, at, *cases[group[at]]) for at in range(first, len(group))]
+            scores = None
+            if tasks is not None:
+                names = [one.name for one in models]
+                run = functools.partial(model.run, variants=variants, progress=progress)
+                scores = measure_tasks(tasks, checkpoint.directory, model, names, run)
     return Comparison(
         base=str(checkpoint.repo_id or checkpoint.root),
         models=tuple(models),
@@ -77,6 +86,7 @@ def compare_plans(
         dtype=str(model.dtype).removeprefix("torch."),
         device=load.get_device_name(model.device),
         method=model.method,
+        tasks=scores,
     )
 
 

@@ -13,6 +13,7 @@ from swsurgery.checkpoint.record_entries import (
     UndoRecord,
 )
 from swsurgery.cli.documents.document import ABSENT, Document, DocumentPart, Number
+from swsurgery.cli.documents.tasks import TaskScores
 
 
 class PeakItem(DocumentPart):
@@ -91,8 +92,8 @@ class GenerationItem(DocumentPart):
 class ForwardCheck(DocumentPart):
     """The figures of the forward check. `kl` is KL(base || patched) in nats per token. Without a base it is null.
 
-    `ratio_low` and `ratio_high` are the ends of the 95% interval of `perplexity_ratio`. `generations` exist if they
-    were asked for, and `notes` if something limits the figures, such as a short text.
+    `ratio_low` and `ratio_high` are the ends of the 95% interval of `perplexity_ratio`. `generations` and `tasks` exist
+    if they were asked for, and `notes` if something limits the figures, such as a short text.
     """
 
     base: SideItem | None
@@ -113,6 +114,7 @@ class ForwardCheck(DocumentPart):
     versions: dict[str, str]
     rounded_activations: list[RoundedItem] = ABSENT
     generations: list[GenerationItem] = ABSENT
+    tasks: TaskScores = ABSENT
     notes: list[str] = ABSENT
     compared: bool = ABSENT
 

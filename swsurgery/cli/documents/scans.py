@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from swsurgery.cli.documents.document import ABSENT, Document, DocumentPart, ExpertNumber, Number, PlainNumber
+from swsurgery.cli.documents.tasks import TaskScores
 
 
 class EffectItem(DocumentPart):
@@ -312,3 +313,4 @@ class ComparisonDocument(Document, RunConditions):
     base: str
     models: list[ComparedItem]
     method: str
+    tasks: TaskScores = ABSENT

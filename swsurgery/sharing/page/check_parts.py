@@ -34,6 +34,7 @@ from swsurgery.sharing.page.svg import (
     draw_lines,
     format_figure,
 )
+from swsurgery.sharing.page.tasks_part import show_tasks
 from swsurgery.sharing.page.values import (
     MAX_LAYERS,
     Document,
@@ -77,6 +78,7 @@ def show_check(check: Document) -> list[Markup]:
             _show_facts(check),
         ),
         make_section("Inputs rounded to few bits", _show_rounded(check)),
+        make_section("Tasks", show_tasks(check)),
         make_section("Next tokens", *_show_prompts(check)),
         make_section("Continuations", *_show_generations(check)),
     ]

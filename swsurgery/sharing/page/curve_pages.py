@@ -9,6 +9,7 @@ from swsurgery.sharing.page.markup import Markup, escape, join, make_code, make_
 from swsurgery.sharing.page.parts import Page, show_figure, show_figures, show_measured
 from swsurgery.sharing.page.scales import Kind
 from swsurgery.sharing.page.svg import BASE_MARK, OTHER_MARK, DotRow, Line, Point, draw_dots, draw_lines, format_figure
+from swsurgery.sharing.page.tasks_part import show_tasks
 from swsurgery.sharing.page.values import (
     Document,
     is_finite,
@@ -107,6 +108,7 @@ def render_comparison(subject: str, document: Document) -> Page:
     sections = (
         make_section("Quality", show_figures(figures), make_tag("p", "Intervals are at 95%.", class_="aside")),
         make_section("Figures", _show_models(models, labels), show_measured(document, document)),
+        make_section("Tasks", show_tasks(document)),
     )
     edited = [model for model in models if model.get("manifest") is not None]
     count = len({str(model.get("manifest")) for model in edited})

@@ -1,0 +1,188 @@
+"""Load tasks with lm-eval, and let it make their requests. Nothing here loads torch.
+
+The settings are those of `lm-eval run` without options: the number of examples in the prompt comes from the task, and
+the seeds are lm-eval's defaults, so the prompts are equal too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import importlib.util
+import io
+import logging
+import random
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from swsurgery.errors import SwsurgeryError, Unrunnable
+from swsurgery.model.tasks.options import TaskOptions
+from swsurgery.progress import Progress
+from swsurgery.storage.numeric import load_numpy
+
+PYTHON_SEED, NUMPY_SEED, EXAMPLE_SEED = 0, 1234, 1234
+"""The default seeds of lm-eval: of Python's random, of numpy, and of the examples in prompts."""
+
+SCORED = ("loglikelihood", "loglikelihood_rolling", "multiple_choice")
+"""The output types of tasks that score given texts. Other tasks generate text."""
+
+
+@dataclass(frozen=True)
+class LoadedTasks:
+    """The tasks and groups as lm-eval loads them, and the requests of all tasks.
+
+    `tasks` and `groups` map names to objects of lm-eval. Building the requests again does nothing, so all variants of a
+    model get the same ones. `version` is that of lm-eval.
+    """
+
+    options: TaskOptions
+    tasks: dict[str, Any]
+    groups: dict[str, Any]
+    group_map: dict[str, list[str]]
+    version: str
+
+    @property
+    def instances(self) -> list[Any]:
+        """The requests of all tasks, in order. An instance of lm-eval is one request."""
+        return [instance for task in self.tasks.values() for instance in task.instances]
+
+
+def load_tasks(options: TaskOptions, progress: Progress) -> LoadedTasks:
+    """Load the tasks, with their data, and make their requests. Data that are not in the cache are downloaded.
+
+    Raises Unrunnable if lm-eval is not installed. Raises SwsurgeryError, naming the task, if there is no such task, if
+    its data cannot be loaded, or if it generates text.
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        raise Unrunnable("lm-eval is not installed", "tasks need it", "pip install 'swsurgery[tasks]'")
+    progress.start(0, "", "loading the tasks")
+    with hide_libraries(), _set_seeds():
+        try:
+            from lm_eval import __version__
+            from lm_eval.tasks import TaskManager  # noqa: F401 (a broken installation is reported here)
+        except (ImportError, OSError) as error:
+            what = f"lm-eval cannot be imported: {type(error).__name__}"
+            raise Unrunnable(what, error, "install it again") from error
+        found = _load_all(options)
+        for name, task in found["tasks"].items():
+            _refuse_generation(name, task)
+        for name, task in found["tasks"].items():
+            _build_requests(name, task, options.limit)
+    return LoadedTasks(options, found["tasks"], found["groups"], found["group_map"], str(__version__))
+
+
+@contextlib.contextmanager
+def hide_libraries() -> Iterator[None]:
+    """Hide what lm-eval and datasets print, log and warn of for the length of a `with` block."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with (
+            contextlib.redirect_stderr(io.StringIO()),
+            contextlib.redirect_stdout(io.StringIO()),
+            warnings.catch_warnings(),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+
+
+@contextlib.contextmanager
+def _set_seeds() -> Iterator[None]:
+    """Set the seeds that lm-eval sets, for the length of a `with` block."""
+    load_numpy()
+    import numpy
+
+    before, arrays_before = random.getstate(), numpy.random.get_state()
+    random.seed(PYTHON_SEED)
+    numpy.random.seed(NUMPY_SEED)
+    try:
+        yield
+    finally:
+        random.setstate(before)
+        numpy.random.set_state(arrays_before)
+
+
+def _load_all(options: TaskOptions) -> dict[str, dict[str, Any]]:
+    """Load each named task, group or tag. Raises SwsurgeryError if two of them contain the same task."""
+    from lm_eval.tasks import TaskManager
+
+    found: dict[str, dict[str, Any]] = {"tasks": {}, "groups": {}, "group_map": {}}
+    where = None if options.directory is None else str(options.directory)
+    manager = None if where is None else TaskManager(include_path=where, include_defaults=False)
+    for name in options.names:
+        part = None
+        if manager is not None and name in manager.all_tasks:
+            with contextlib.suppress(KeyError):  # a group of the directory may contain tasks of lm-eval
+                part = _load_one(manager, name)
+        if part is None:
+            if manager is None or not getattr(manager, "has_defaults", False):
+                manager = TaskManager(include_path=where)  # takes seconds: it reads 14,000 files
+                manager.has_defaults = True
+            _refuse_unknown(manager.all_tasks, options, name)
+            part = _load_one(manager, name)
+        if shared := sorted(part["tasks"].keys() & found["tasks"].keys()):
+            raise SwsurgeryError(f"{name} contains a task that was named before", shared[0], "name it once")
+        for key, values in found.items():
+            values.update(part.get(key) or {})
+    return found
+
+
+def _refuse_unknown(known: list[str], options: TaskOptions, name: str) -> None:
+    """Raise SwsurgeryError if lm-eval knows no task of this name."""
+    if name in known:
+        return
+    near = difflib.get_close_matches(name, known, 1)
+    where = f" or in {options.directory}" if options.directory else ""
+    remedy = f"did you mean {near[0]}?" if near else "give the directory of its file with --tasks-dir"
+    raise SwsurgeryError(f"no such task in lm-eval{where}", name, remedy)
+
+
+def _load_one(manager: Any, name: str) -> dict[str, Any]:
+    """Load one task, group or tag. Raises SwsurgeryError, naming it, if its file or its data cannot be loaded."""
+    try:
+        part: dict[str, Any] = manager.load([name])
+    except KeyError as error:
+        if manager.include_path and not getattr(manager, "has_defaults", False):
+            raise
+        raise _make_error(name, error) from error
+    except Exception as error:
+        raise _make_error(name, error) from error
+    return part
+
+
+def _make_error(name: str, error: Exception) -> SwsurgeryError:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    reason = lines[0][:160] if lines else type(error).__name__
+    what = f"the task cannot be loaded: {reason}"
+    return SwsurgeryError(what, name, "its data must be in the cache of datasets, or the network must be reachable")
+
+
+def _refuse_generation(name: str, task: Any) -> None:
+    """Raise SwsurgeryError if a task generates text: that needs one reading of the weights for each token."""
+    if task.OUTPUT_TYPE not in SCORED:
+        raise SwsurgeryError("the task generates text", name, "name a task that scores given answers")
+
+
+def _build_requests(name: str, task: Any, limit: int | None) -> None:
+    """Make the requests of a task, and keep them: lm-eval would make others each time.
+
+    Raises SwsurgeryError, naming the task, if that fails, or if a request generates text.
+    """
+    try:
+        if task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(seed=EXAMPLE_SEED)
+        task.build_all_requests(limit=limit, rank=0, world_size=1)
+    except Exception as error:
+        raise _make_error(name, error) from error
+    if any(instance.request_type not in SCORED for instance in task.instances):
+        raise SwsurgeryError("the task generates text", name, "name a task that scores given answers")
+    task.build_all_requests = _keep_requests
+
+
+def _keep_requests(**options: object) -> None:
+    """Do nothing: the requests of this task exist already."""
