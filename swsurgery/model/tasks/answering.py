@@ -86,13 +86,16 @@ class AnsweringModel(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         return answers
 
     def _loglikelihood_tokens(
-        self, requests: Sequence[tuple[object, list[int], list[int]]], **kwargs: object
+        self, requests: Sequence[tuple[tuple[str, str], list[int], list[int]]], **kwargs: object
     ) -> list[tuple[float, bool]]:
-        return [self._answer(context, continuation) for _, context, continuation in requests]
+        return [self._answer(text, context, continuation) for (_, text), context, continuation in requests]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[float]:
         """Return the log-likelihood of each whole text, in windows as long as the model reads."""
-        return [sum(self._answer(*window).loglikelihood for window in self._cut(*one.args)) for one in requests]
+        return [
+            sum((self._answer(text, *window).loglikelihood for window in self._cut(text)), 0.0)
+            for text in (one.args[0] for one in requests)
+        ]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[str]:
         """Refuse: generating text needs one reading of the weights for each token."""
@@ -103,11 +106,14 @@ class AnsweringModel(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         windows = get_rolling_token_windows(self.tok_encode(text), self._encoder.prefix, self._context, 1)
         return [make_disjoint_window(window) for window in windows]
 
-    def _answer(self, context: list[int], continuation: list[int]) -> Answer:
-        """Answer one request. The context loses tokens on its left if the model cannot read all of them."""
+    def _answer(self, text: str, context: list[int], continuation: list[int]) -> Answer:
+        """Answer one request, whose continuation is the end of `text`.
+
+        The context loses tokens on its left if the model cannot read all of them.
+        """
         if not 1 <= len(continuation) <= self._context:
             what = f"an answer of a task has {len(continuation)} tokens, but the model accepts 1 to {self._context}"
-            raise ModelError(what, repr(self._encoder.prefix_text))
+            raise ModelError(what, repr(text[:40]))
         key = Continuation(tuple((context + continuation)[-(self._context + 1) :]), len(continuation))
         if self.answers is None:
             self.wanted[key] = None

@@ -154,11 +154,19 @@ def _load_one(manager: Any, name: str) -> dict[str, Any]:
     return part
 
 
-def _make_error(name: str, error: Exception) -> SwsurgeryError:
+def _describe(error: Exception) -> str:
+    """Return the first line of the message of `error`; the name of its type if the message is empty."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    reason = lines[0][:160] if lines else type(error).__name__
-    what = f"the task cannot be loaded: {reason}"
-    return SwsurgeryError(what, name, "its data must be in the cache of datasets, or the network must be reachable")
+    return lines[0][:160] if lines else type(error).__name__
+
+
+def _make_error(name: str, error: Exception) -> SwsurgeryError:
+    what = f"the task cannot be loaded: {_describe(error)}"
+    if isinstance(error, OSError):  # also the errors of datasets without a network
+        remedy = "its data must be in the cache of datasets, or the network must be reachable"
+    else:
+        remedy = "correct the task's file"
+    return SwsurgeryError(what, name, remedy)
 
 
 def _refuse_generation(name: str, task: Any) -> None:
@@ -178,7 +186,9 @@ def _build_requests(name: str, task: Any, limit: int | None) -> None:
         task.set_fewshot_seed(seed=EXAMPLE_SEED)
         task.build_all_requests(limit=limit, rank=0, world_size=1)
     except Exception as error:
-        raise _make_error(name, error) from error
+        raise SwsurgeryError(
+            f"the requests of the task cannot be made: {_describe(error)}", name, "correct the task's file"
+        ) from error
     if any(instance.request_type not in SCORED for instance in task.instances):
         raise SwsurgeryError("the task generates text", name, "name a task that scores given answers")
     task.build_all_requests = _keep_requests

@@ -14,7 +14,7 @@ from swsurgery.sharing.page.values import (
     show_number,
 )
 
-HEADER = ("task", "metric", "items", "model", "value", "stderr", "difference", "interval", "up", "down", "p", "test")
+_COLUMNS = ("task", "metric", "items", "model", "value", "stderr", "difference", "interval", "up", "down", "p", "test")
 
 
 def show_tasks(document: Document) -> Markup:
@@ -37,7 +37,7 @@ def show_tasks(document: Document) -> Markup:
     version = read_text(tasks, "lm_eval")
     return join(
         [
-            make_table(HEADER, rows, numeric=(2, 4, 5, 6, 7, 8, 9, 10)),
+            make_table(_COLUMNS, rows, numeric=(2, 4, 5, 6, 7, 8, 9, 10)),
             make_tag("p", f"{words} Scored by lm-eval {version}." if version else words, class_="aside"),
         ]
     )
