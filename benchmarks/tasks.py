@@ -3,11 +3,11 @@
 usage: python benchmarks/tasks.py MODEL [--device cpu|cuda] [--task NAME] [--tasks-dir DIR] [--limit N] [--rounds N]
                                   [--batch N] [--write]
 
-MODEL is a directory with SmolLM2-135M-Instruct. The extra `tasks` must be installed. Before the measurement, the three edited checkpoints are written. In each round, the programs
-take turns: `lm-eval run` on each of the four models, then `compare`. On a CPU the figure is processor time, because
-other programs may share the machine; on a GPU it is the time from start to end. The default task is the cloze task of
-benchmarks/cloze. `--task mmlu_shipped` is a task of the 282 questions of MMLU that lm-eval ships. The accuracies of both
-sides must be equal. On a GPU, run:
+MODEL is a directory with SmolLM2-135M-Instruct. The extra `tasks` must be installed. The three edited checkpoints are
+written first. In each round, lm-eval runs on each of the four models, and then `compare` on all of them. On a CPU the
+figure is processor time, because other programs may share the machine; on a GPU it is the time from start to end. The
+default task is the cloze task of benchmarks/cloze. `--task mmlu_shipped` is a task of the 282 questions of MMLU that
+lm-eval ships. The scores of both sides must be equal. On a GPU, run:
 
     python benchmarks/tasks.py MODEL --device cuda --task mmlu_shipped --batch 16 --rounds 3
 """
@@ -98,8 +98,8 @@ def make_harness_command(asked: argparse.Namespace, tasks_dir: Path, model: Path
         "import json, sys; from lm_eval import simple_evaluate; from lm_eval.tasks import TaskManager\n"
         "model, folder, task, device, batch, limit = sys.argv[1:]\n"
         "manager = TaskManager(include_path=folder, include_defaults=False)\n"
-        "found = simple_evaluate('hf', model_args={'pretrained': model, 'dtype': 'float32'}, tasks=[task], device=device,"
-        " batch_size=int(batch), limit=int(limit) or None, task_manager=manager)\n"
+        "found = simple_evaluate('hf', model_args={'pretrained': model, 'dtype': 'float32'}, tasks=[task],"
+        " device=device, batch_size=int(batch), limit=int(limit) or None, task_manager=manager)\n"
         "print(json.dumps(found['results']))\n"
     )
     numbers = [str(asked.batch), str(asked.limit or 0)]
