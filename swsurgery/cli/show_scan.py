@@ -27,6 +27,7 @@ from swsurgery.model.text import describe_measured_text
 from swsurgery.scanning.activation_report import Passport, PersistentActivation
 from swsurgery.scanning.causal_report import VERDICTS
 from swsurgery.scanning.comparison import Comparison
+from swsurgery.scanning.part_report import PartConfirmation
 from swsurgery.scanning.report import (
     Candidate,
     ColumnNull,
@@ -51,7 +52,22 @@ def show_scan(report: Scan) -> None:
         _print_candidates(report.candidates, scored=report.method == "weights")
     if report.confirmation is not None:
         _print_confirmation(report.confirmation)
+    if report.part_confirmation is not None:
+        _print_parts(report.part_confirmation)
     print_notes(report.notes)
+
+
+def _print_parts(test: PartConfirmation) -> None:
+    """Print the effects of zeroing the rows, neurons and experts that create activations."""
+    print_text("\nzeroed rows, neurons and experts")
+    parts = [trial.candidate for trial in test.trials]
+    channels = [", ".join(map(str, part.channels[:6])) for part in parts]
+    print_columns({"part": [str(part.name) for part in parts], "channels": channels} | format_trials(test.trials))
+    for kind, layer, ratios in test.part_nulls:
+        if ratios:
+            what = f"{pluralise(len(ratios), f'random {kind}')} of layer {layer}"
+            print_text(f"null      {what}, each alone: ratio {_format_range(ratios)}")
+    print_measured(test)
 
 
 def _print_passport(passport: Passport) -> None:

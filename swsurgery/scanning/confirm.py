@@ -36,6 +36,7 @@ from swsurgery.scanning.causal_report import Verdict
 from swsurgery.scanning.causal_test import (
     INERT,
     Say,
+    find_clear,
     find_joint_sets,
     list_conditions,
     refuse_untestable,
@@ -151,7 +152,9 @@ def confirm_windows(
     losses.measure(groups, progress)
     joint = find_joint_sets(losses, groups, bars.joint)
     _report_companions(losses, suspects, bars, say)
-    judge = _Judge(losses, bars, core.union(*joint), enough)
+    judged = [name for name in suspects.names if name not in bars.unjudged]
+    alone = find_clear(losses, {name: (frozenset({name}), ()) for name in judged}, bars.alone)
+    judge = _Judge(losses, bars, alone, core.union(*joint), enough)
     together = suspects.together
     return Confirmation(
         trials=tuple(judge.try_out(candidate, together) for candidate in suspects.tested),
@@ -173,12 +176,13 @@ def confirm_windows(
 class _Judge:
     """Decides the verdict of each scalar from the measured losses and the bars.
 
-    `jointly` contains the scalars that matter together with others. `enough` is True if the text has enough windows for
-    verdicts.
+    `alone` contains the scalars whose effect alone is clear. `jointly` contains the scalars that matter together with
+    others. `enough` is True if the text has enough windows for verdicts.
     """
 
     losses: Losses[Coordinate]
     bars: EffectBars
+    alone: Zeroed
     jointly: Zeroed
     enough: bool
 
@@ -197,7 +201,7 @@ class _Judge:
     def _decide(self, name: Coordinate) -> Verdict:
         if not self.enough or name in self.bars.unjudged:
             return "untested"
-        if self.losses.gain(frozenset({name})).low > self.bars.alone(name):
+        if name in self.alone:
             return "needed alone"
         return "needed jointly" if name in self.jointly else "inert"
 
@@ -205,8 +209,9 @@ class _Judge:
 def _find_core(losses: Losses[Coordinate], suspects: Suspects, bars: EffectBars) -> Zeroed:
     """Find the scalars whose zeroing clearly adds more to zeroing all other candidates than it does alone."""
     together = suspects.together
-    added = {n: losses.gain(together | {n}, [together - {n}, frozenset({n})]) for n in suspects.names}
-    return frozenset(n for n in suspects.names if n not in bars.unjudged and added[n].low > bars.joint([n]))
+    judged = [name for name in suspects.names if name not in bars.unjudged]
+    added = {n: (together | {n}, (together - {n}, frozenset({n}))) for n in judged}
+    return find_clear(losses, added, lambda name: bars.joint([name]))
 
 
 def _measure_column_null(

@@ -29,6 +29,7 @@ from swsurgery.scanning.causal_test import (
     NullTexts,
     Say,
     compute_floors,
+    find_clear,
     find_joint_sets,
     list_conditions,
     refuse_untestable,
@@ -114,7 +115,7 @@ def confirm_expert_windows(
     refuse_untestable(candidates, windows)
     names = [candidate.name for candidate in candidates]
     plan = _plan(model.checkpoint, names, nulls, seed)
-    regions = {name: _list_output_regions(model.checkpoint, name) for name in plan.list_experts()}
+    regions = {name: list_output_regions(model.checkpoint, name) for name in plan.list_experts()}
     losses = Losses[ExpertName](model, windows, lambda name: name[0], regions.__getitem__)
     losses.measure(plan.list_groups(), progress)
     enough = len(windows) >= LEAST_WINDOWS
@@ -123,8 +124,9 @@ def confirm_expert_windows(
         say = say_nothing
     floor, joint_floor = compute_floors(losses, plan.together, plan.null, plan.crowded, _NULL_TEXTS, say)
     together = plan.together
-    added = {n: losses.gain(together | {n}, [together - {n}, frozenset({n})]) for n in names}
-    core = frozenset(name for name in names if added[name].low > joint_floor)
+    alone = find_clear(losses, {name: (frozenset({name}), ()) for name in names}, lambda name: floor)
+    added = {name: (together, (together - {name}, frozenset({name}))) for name in names}
+    core = find_clear(losses, added, lambda name: joint_floor)
     groups = list(dict.fromkeys([*plan.pairs, core] if len(core) > 1 else plan.pairs))
     losses.measure(groups, progress)
     joint = find_joint_sets(losses, groups, lambda group: joint_floor)
@@ -133,7 +135,7 @@ def confirm_expert_windows(
     def decide(name: ExpertName) -> Verdict:
         if not enough:
             return "untested"
-        if losses.gain(frozenset({name})).low > floor:
+        if name in alone:
             return "needed alone"
         return "needed jointly" if name in jointly else "inert"
 
@@ -204,7 +206,7 @@ def _plan(checkpoint: Checkpoint, names: Sequence[ExpertName], nulls: int, seed:
     return _Plan(frozenset(names), pairs, null, crowded, joint_null)
 
 
-def _list_output_regions(checkpoint: Checkpoint, name: ExpertName) -> tuple[Region, ...]:
+def list_output_regions(checkpoint: Checkpoint, name: ExpertName) -> tuple[Region, ...]:
     """List the regions of an expert that make its output zero: its down projection, and its bias if it has one."""
     down = find_down_projection(checkpoint.config, checkpoint.shapes, *name).tensor
     regions = locate_expert(checkpoint.config, checkpoint.shapes, *name)

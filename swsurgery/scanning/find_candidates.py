@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from swsurgery.checkpoint.checkpoint import Checkpoint
-from swsurgery.errors import add_remedy
+from swsurgery.errors import LookupFailed, add_remedy
 from swsurgery.known.own import identify
 from swsurgery.model.start_up import start_up
 from swsurgery.progress import Reporter, Rounds
@@ -44,7 +44,9 @@ def find_candidates(
             found = _scan_activations(checkpoint, prompts, options, reporter)
         else:
             found = _scan_weights(checkpoint, reporter)
-    return _confirm(found, checkpoint, options, reporter) if confirm and found.candidates else found
+    if confirm and found.candidates:
+        found = _confirm(found, checkpoint, options, reporter)
+    return _confirm_parts(found, checkpoint, options, reporter) if confirm and found.activations else found
 
 
 def _scan_activations(
@@ -62,7 +64,10 @@ def _scan_activations(
 
 def _find_published(checkpoint: Checkpoint) -> PublishedActivation | None:
     """Find the published maximum activation of a checkpoint, by the repository that it is known to come from."""
-    known = identify(None, (checkpoint.repo_id, checkpoint.config.get("_name_or_path")))
+    try:
+        known = identify(None, (checkpoint.repo_id, checkpoint.config.get("_name_or_path")))
+    except LookupFailed:  # the user's own entry of this model is damaged, which must not end a scan
+        return None
     found = known.max_activation if known else None
     if known is None or found is None:
         return None
@@ -107,6 +112,21 @@ def _confirm(found: Scan, checkpoint: Checkpoint, options: RunOptions, reporter:
     with add_remedy("leave out --confirm"):
         confirmation = confirm(checkpoint, found.candidates, progress=progress, say=said.append, **options.on_text)
     return dataclasses.replace(found, confirmation=confirmation, notes=(*found.notes, *said))
+
+
+def _confirm_parts(found: Scan, checkpoint: Checkpoint, options: RunOptions, reporter: Reporter) -> Scan:
+    """Measure the effects of zeroing the rows, neurons and experts that create activations."""
+    from swsurgery.scanning.confirm_parts import confirm_parts, list_parts
+
+    parts = list_parts(found.activations)
+    if not parts:
+        return found
+    said: list[str] = []
+    progress = Rounds(reporter, "confirmation round")
+    with add_remedy("leave out --confirm"):
+        test = confirm_parts(checkpoint, parts, progress=progress, say=said.append, **options.on_text)
+    fresh = [line for line in said if line not in found.notes]
+    return dataclasses.replace(found, part_confirmation=test, notes=(*found.notes, *fresh))
 
 
 def _confirm_experts(found: ExpertScan, checkpoint: Checkpoint, options: RunOptions, reporter: Reporter) -> ExpertScan:

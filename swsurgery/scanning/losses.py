@@ -13,7 +13,7 @@ from typing import Generic, NamedTuple, TypeVar
 from swsurgery.errors import ModelError
 from swsurgery.model import load, measure
 from swsurgery.model.forward import LayeredModel
-from swsurgery.model.intervals import compute_mean_interval
+from swsurgery.model.intervals import CONFIDENCE, compute_mean_interval
 from swsurgery.model.variant import Scalars
 from swsurgery.model.windows import count_variants_at_once
 from swsurgery.progress import Progress
@@ -89,17 +89,20 @@ class Losses(Generic[Unit]):
     def _zero(self, group: frozenset[Unit]) -> Scalars:
         return {target: 0.0 for unit in group for target in self._list_targets(unit)}
 
-    def gain(self, group: frozenset[Unit], parts: Iterable[frozenset[Unit]] = ()) -> Gain:
+    def gain(
+        self, group: frozenset[Unit], parts: Iterable[frozenset[Unit]] = (), confidence: float = CONFIDENCE
+    ) -> Gain:
         """Compute the rise in loss from zeroing `group`, minus the rises from zeroing each of `parts`.
 
-        The unit is nats per token, so this is also the rise of the logarithm of the perplexity.
+        The unit is nats per token, so this is also the rise of the logarithm of the perplexity. `confidence` is that of
+        the interval.
         """
         taken = [self._extra[part - self._nothing] for part in parts]
         extra = [
             value - sum(part[number] for part in taken)
             for number, value in enumerate(self._extra[group - self._nothing])
         ]
-        mean, low, high = compute_mean_interval(extra, self.scored)
+        mean, low, high = compute_mean_interval(extra, self.scored, confidence)
         # The difference of two infinite losses is NaN. No comparison with NaN is true, so it never exceeds a bar.
         return Gain(mean, math.nan if low is None else low, math.nan if high is None else high)
 

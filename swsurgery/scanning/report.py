@@ -23,6 +23,7 @@ from swsurgery.scanning.causal_report import (
     make_row,
     merge_trial,
 )
+from swsurgery.scanning.part_report import PartConfirmation
 from swsurgery.storage.coordinate import Coordinate
 from swsurgery.storage.result import TableResult
 
@@ -203,6 +204,7 @@ class Scan(TableResult):
     unread: tuple[UnreadLayer, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict, repr=False)
     passport: Passport | None = None
+    part_confirmation: PartConfirmation | None = None
     shown: ClassVar[tuple[str, ...]] = ("answer", "super_weights")
 
     @property
@@ -261,6 +263,9 @@ class Scan(TableResult):
             document |= {"profile": self.profile.to_json(), "prompts": list(self.prompts)}
         if self.passport:
             document["passport"] = self.passport.to_json()
+        if test := self.part_confirmation:
+            parts = [merge_trial(trial.candidate, trial) for trial in test.trials]
+            document |= {"parts": parts, "part_confirmation": test.to_json()}
         if self.confirmation:
             document["confirmation"] = self.confirmation.to_json()
         return document

@@ -200,7 +200,33 @@ class ConfirmationItem(RunConditions):
     column_nulls: list[ColumnNullItem] = ABSENT
     doses: list[DoseItem] = ABSENT
     joint_null_ratios: list[PlainNumber] = ABSENT
+    part_nulls: list[PartNullItem] = ABSENT
     base_perplexity: PlainNumber
+
+
+class PartItem(DocumentPart):
+    """A row, neuron or expert that creates persistent activations in `channels`, and the effect of zeroing it.
+
+    `number` is the row or the neuron; it is null for an expert.
+    """
+
+    kind: Literal["row", "neuron", "expert"]
+    layer: int
+    expert: ExpertNumber
+    number: int | None
+    channels: list[int]
+    added: PlainNumber
+    verdict: str
+    alone: EffectItem
+    without: EffectItem | None
+
+
+class PartNullItem(DocumentPart):
+    """The perplexity ratios of random parts of one kind and layer, each zeroed alone."""
+
+    kind: Literal["row", "neuron", "expert"]
+    layer: int
+    ratios: list[PlainNumber]
 
 
 class ScanDocument(Document):
@@ -220,6 +246,8 @@ class ScanDocument(Document):
     profile: ProfileItem = ABSENT
     prompts: list[str] = ABSENT
     passport: PassportItem = ABSENT
+    parts: list[PartItem] = ABSENT
+    part_confirmation: ConfirmationItem = ABSENT
     confirmation: ConfirmationItem = ABSENT
 
 

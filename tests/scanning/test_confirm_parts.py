@@ -1,0 +1,133 @@
+"""Rows, neurons and experts that create an activation are zeroed and compared with others, and verdicts control for the
+number of candidates."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from planted import Place, build, opened, plant, weights_of
+
+from swsurgery.errors import ModelError
+from swsurgery.model.intervals import compute_mean_interval
+from swsurgery.scanning.activation_report import Cause, ExpertShare, PersistentActivation
+from swsurgery.scanning.causal_test import find_clear
+from swsurgery.scanning.confirm_parts import confirm_part_windows, list_parts
+from swsurgery.scanning.losses import Gain
+from swsurgery.scanning.part_report import Part, PartName
+
+LOSSES = Path(__file__).parent.parent / "assets" / "window_losses.json"
+WINDOWS = [[(seed * 7 + place * 3) % 31 for place in range(9)] for seed in range(8)]
+
+
+def perplexity(model) -> float:
+    total = 0.0
+    for ids in WINDOWS:
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([ids])).logits[0, :-1]
+        total += float(torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:]), reduction="sum"))
+    return math.exp(total / sum(len(ids) - 1 for ids in WINDOWS))
+
+
+def make_activation(cause: Cause, channel: int = 5, side: bool = False) -> PersistentActivation:
+    return PersistentActivation(1, 5, channel, 90.0, 3, 0, 0, 3, first=1, ratio=50.0, side=side, causes=(cause,))
+
+
+def test_parts_are_listed_from_the_causes():
+    row = Cause("row", 1, 80.0, 1.0, row=5, cols=(1,), shares=(0.1,), half=12)
+    neuron = Cause("neuron", 1, -90.0, 1.0, row=6, cols=(9,), shares=(0.9,), half=1)
+    experts = Cause("expert", 2, 70.0, 1.0, experts=(ExpertShare(3, 0.6), ExpertShare("shared", 0.4)))
+    scalar = Cause("scalar", 1, 95.0, 1.0, row=7, cols=(9,), shares=(0.9,), half=1)
+    found = list_parts(
+        [
+            make_activation(row),
+            make_activation(neuron, 6),
+            make_activation(neuron, 8),
+            make_activation(experts, 9),
+            make_activation(scalar, 7),
+            make_activation(row, 5, side=True),
+        ]
+    )
+    assert [(str(part.name), part.channels) for part in found] == [
+        ("layer 1 neuron 9", (6, 8)),
+        ("layer 1 row 5", (5,)),
+        ("layer 2 expert 3", (9,)),
+        ("layer 2 expert shared", (9,)),
+    ]
+
+
+@pytest.mark.parametrize("kind", ["row", "neuron"])
+def test_the_effect_is_that_of_the_edited_model(kind, tmp_path):
+    model = build("llama")
+    plant(model, Place(1, 5, 9), WINDOWS)
+    part = Part(PartName(kind, 1, None, 5 if kind == "row" else 9), (5,), 100.0)
+    test = confirm_part_windows(opened(model, tmp_path), [part], WINDOWS, nulls=4)
+    base = perplexity(model)
+    down = model.model.layers[1].mlp.down_proj.weight.data
+    (down[5] if kind == "row" else down[:, 9]).zero_()
+    assert test.base_perplexity == pytest.approx(base, rel=1e-4)
+    assert test.trials[0].alone.ratio == pytest.approx(perplexity(model) / base, rel=1e-3)
+    [(found, layer, ratios)] = test.part_nulls
+    assert (found, layer, len(ratios), len(test.null)) == (kind, 1, 4, 4)
+    assert test.trials[0].verdict in ("needed alone", "inert") and test.trials[0].without is None
+
+
+def test_experts_are_compared_with_the_others_of_their_layer(tmp_path):
+    model = build("mixtral", num_experts_per_tok=2)
+    place = Place(1, 5, 9, 2)
+    plant(model, place, WINDOWS)
+    weights_of(model, place)
+    parts = [Part(PartName("expert", 1, expert, None), (5,), 100.0) for expert in (2, 0)]
+    test = confirm_part_windows(opened(model, tmp_path), parts, WINDOWS)
+    base = perplexity(model)
+    model.model.layers[1].mlp.experts.down_proj.data[2] = 0
+    assert test.trials[0].alone.ratio == pytest.approx(perplexity(model) / base, rel=1e-3)
+    assert [len(ratios) for _, _, ratios in test.part_nulls] == [2]
+    document = json.loads(json.dumps(test.to_json(), allow_nan=False))
+    assert document["part_nulls"][0]["kind"] == "expert"
+
+
+def test_too_little_text_and_no_parts(tmp_path):
+    layered = opened(build("llama"), tmp_path)
+    part = Part(PartName("row", 1, None, 5), (5,), 1.0)
+    said: list[str] = []
+    test = confirm_part_windows(layered, [part], WINDOWS[:3], nulls=3, say=said.append)
+    assert test.trials[0].verdict == "untested" and said[0].startswith("too little text")
+    with pytest.raises(ModelError, match="nothing to confirm"):
+        confirm_part_windows(layered, [], WINDOWS)
+
+
+class DrawnLosses:
+    """Losses of units without any effect: differences of recorded window losses from their mean, drawn at random."""
+
+    def __init__(self, pool: list[float], units: int, windows: int, dice: random.Random):
+        self.extra = {frozenset({unit}): dice.choices(pool, k=windows) for unit in range(units)}
+
+    def gain(self, group, parts=(), confidence=0.95) -> Gain:
+        return Gain(*compute_mean_interval(self.extra[group], [1.0] * len(self.extra[group]), confidence))
+
+
+def test_false_verdicts_are_as_rare_for_many_candidates_as_for_one():
+    """No unit has an effect, and the bar is zero, which is harder than the bar of a real test."""
+    recorded = json.loads(LOSSES.read_text())
+    series = [values for values in _list_series(recorded) if len(values) == 256]
+    pool = [a - b for a, b in zip(series[1], series[0], strict=True)]
+    mean = sum(pool) / len(pool)
+    pool = [value - mean for value in pool]
+    dice = random.Random(0)
+    units, runs = 12, 2000
+    tests = {unit: (frozenset({unit}), ()) for unit in range(units)}
+    wrong = sum(bool(find_clear(DrawnLosses(pool, units, 16, dice), tests, lambda unit: 0.0)) for _ in range(runs))
+    assert wrong / runs <= 0.025  # the share of a single one-sided test
+
+
+def _list_series(value: object) -> list[list[float]]:
+    """List all lists of numbers in a JSON value."""
+    if isinstance(value, list) and value and all(isinstance(one, float) for one in value):
+        return [value]
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
+    return [series for one in inner for series in _list_series(one)]
