@@ -15,6 +15,7 @@ import random
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from swsurgery.errors import SwsurgeryError, Unrunnable
@@ -108,22 +109,15 @@ def _set_seeds() -> Iterator[None]:
 
 def _load_all(options: TaskOptions) -> dict[str, dict[str, Any]]:
     """Load each named task, group or tag. Raises SwsurgeryError if two of them contain the same task."""
-    from lm_eval.tasks import TaskManager
-
     found: dict[str, dict[str, Any]] = {"tasks": {}, "groups": {}, "group_map": {}}
-    where = None if options.directory is None else str(options.directory)
-    manager = None if where is None else TaskManager(include_path=where, include_defaults=False)
+    finder = _TaskFinder(options.directory)
     for name in options.names:
-        part = None
-        if manager is not None and name in manager.all_tasks:
-            with contextlib.suppress(KeyError):  # a group of the directory may contain tasks of lm-eval
-                part = _load_one(manager, name)
-        if part is None:
-            if manager is None or not getattr(manager, "has_defaults", False):
-                manager = TaskManager(include_path=where)  # takes seconds: it reads 14,000 files
-                manager.has_defaults = True
-            _refuse_unknown(manager.all_tasks, options, name)
-            part = _load_one(manager, name)
+        try:
+            part = finder.load(name)
+        except SwsurgeryError:
+            raise
+        except Exception as error:
+            raise _make_error(name, error) from error
         if shared := sorted(part["tasks"].keys() & found["tasks"].keys()):
             raise SwsurgeryError(f"{name} contains a task that was named before", shared[0], "name it once")
         for key, values in found.items():
@@ -131,37 +125,48 @@ def _load_all(options: TaskOptions) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _refuse_unknown(known: list[str], options: TaskOptions, name: str) -> None:
-    """Raise SwsurgeryError if lm-eval knows no task of this name."""
-    if name in known:
-        return
-    near = difflib.get_close_matches(name, known, 1)
-    where = f" or in {options.directory}" if options.directory else ""
-    remedy = f"did you mean {near[0]}?" if near else "give the directory of its file with --tasks-dir"
-    raise SwsurgeryError(f"no such task in lm-eval{where}", name, remedy)
+class _TaskFinder:
+    """Loads tasks by name: those of the user's directory, and else those of lm-eval.
+
+    The index of lm-eval's own tasks is made on first use. That takes seconds, because it reads 14,000 files.
+    """
+
+    def __init__(self, directory: Path | None):
+        from lm_eval.tasks import TaskManager
+
+        self._directory = directory
+        self._where = None if directory is None else str(directory)
+        self._own: Any = self._where and TaskManager(include_path=self._where, include_defaults=False)
+        self._all: Any = None
+
+    def load(self, name: str) -> dict[str, Any]:
+        """Load a task, group or tag. Raises SwsurgeryError if there is none of this name, and any error of lm-eval."""
+        if self._own and name in self._own.all_tasks:
+            with contextlib.suppress(KeyError):  # a group of the directory may contain tasks of lm-eval
+                return dict(self._own.load([name]))
+        if self._all is None:
+            from lm_eval.tasks import TaskManager
+
+            self._all = TaskManager(include_path=self._where)
+        if name not in self._all.all_tasks:
+            raise self._make_unknown_error(name)
+        return dict(self._all.load([name]))
+
+    def _make_unknown_error(self, name: str) -> SwsurgeryError:
+        near = difflib.get_close_matches(name, self._all.all_tasks, 1)
+        where = f" or in {self._directory}" if self._directory else ""
+        remedy = f"did you mean {near[0]}?" if near else "give the directory of its file with --tasks-dir"
+        return SwsurgeryError(f"no such task in lm-eval{where}", name, remedy)
 
 
-def _load_one(manager: Any, name: str) -> dict[str, Any]:
-    """Load one task, group or tag. Raises SwsurgeryError, naming it, if its file or its data cannot be loaded."""
-    try:
-        part: dict[str, Any] = manager.load([name])
-    except KeyError as error:
-        if manager.include_path and not getattr(manager, "has_defaults", False):
-            raise
-        raise _make_error(name, error) from error
-    except Exception as error:
-        raise _make_error(name, error) from error
-    return part
-
-
-def _describe(error: Exception) -> str:
+def describe_error(error: Exception) -> str:
     """Return the first line of the message of `error`; the name of its type if the message is empty."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0][:160] if lines else type(error).__name__
 
 
 def _make_error(name: str, error: Exception) -> SwsurgeryError:
-    what = f"the task cannot be loaded: {_describe(error)}"
+    what = f"the task cannot be loaded: {describe_error(error)}"
     if isinstance(error, OSError):  # also the errors of datasets without a network
         remedy = "its data must be in the cache of datasets, or the network must be reachable"
     else:
@@ -187,7 +192,7 @@ def _build_requests(name: str, task: Any, limit: int | None) -> None:
         task.build_all_requests(limit=limit, rank=0, world_size=1)
     except Exception as error:
         raise SwsurgeryError(
-            f"the requests of the task cannot be made: {_describe(error)}", name, "correct the task's file"
+            f"the requests of the task cannot be made: {describe_error(error)}", name, "correct the task's file"
         ) from error
     if any(instance.request_type not in SCORED for instance in task.instances):
         raise SwsurgeryError("the task generates text", name, "name a task that scores given answers")

@@ -13,7 +13,7 @@ from swsurgery.model import load, measure
 from swsurgery.model.forward import LayeredModel
 from swsurgery.model.tasks.answering import AnsweringModel, TextEncoder
 from swsurgery.model.tasks.continuations import Run, score_continuations
-from swsurgery.model.tasks.load import LoadedTasks, hide_libraries
+from swsurgery.model.tasks.load import LoadedTasks, describe_error, hide_libraries
 from swsurgery.model.tasks.paired import compare_items, compute_difference_interval
 from swsurgery.model.tasks.report import TaskMetric, TaskReport, TaskScore
 from swsurgery.model.windows import STATES
@@ -79,8 +79,9 @@ def _compute_scores(loaded: LoadedTasks, lm: AnsweringModel, number: int) -> dic
     except SwsurgeryError:
         raise
     except Exception as error:
-        reason = (str(error).splitlines() or [""])[0][:160] or type(error).__name__
-        raise SwsurgeryError(f"lm-eval cannot compute the scores: {reason}", ", ".join(loaded.options.names)) from error
+        raise SwsurgeryError(
+            f"lm-eval cannot compute the scores: {describe_error(error)}", ", ".join(loaded.options.names)
+        ) from error
     return results
 
 
