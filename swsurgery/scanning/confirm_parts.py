@@ -36,7 +36,7 @@ from swsurgery.scanning.causal_test import (
 )
 from swsurgery.scanning.confirm_experts import list_output_regions
 from swsurgery.scanning.losses import Losses
-from swsurgery.scanning.part_report import Part, PartConfirmation, PartKind, PartName, PartTrial
+from swsurgery.scanning.part_report import MlpPart, PartConfirmation, PartKind, PartName, PartTrial
 from swsurgery.storage.region import Region
 
 MAX_PARTS = 12
@@ -49,7 +49,7 @@ _NULL_TEXTS = NullTexts(
 )
 
 
-def list_parts(activations: Sequence[PersistentActivation]) -> list[Part]:
+def list_parts(activations: Sequence[PersistentActivation]) -> list[MlpPart]:
     """List the rows, neurons and experts that create activations, those with the largest values first.
 
     Side effects do not count.
@@ -67,7 +67,7 @@ def list_parts(activations: Sequence[PersistentActivation]) -> list[Part]:
             for name in names:
                 found[name].append((one.channel, cause.added))
     parts = [
-        Part(name, tuple(sorted({channel for channel, _ in made})), max((added for _, added in made), key=abs))
+        MlpPart(name, tuple(sorted({channel for channel, _ in made})), max((added for _, added in made), key=abs))
         for name, made in found.items()
     ]
     return sorted(parts, key=lambda part: -abs(part.added))[:MAX_PARTS]
@@ -75,7 +75,7 @@ def list_parts(activations: Sequence[PersistentActivation]) -> list[Part]:
 
 def confirm_parts(
     checkpoint: Checkpoint,
-    parts: Sequence[Part],
+    parts: Sequence[MlpPart],
     *,
     text: str | None = None,
     device: str = "auto",
@@ -102,7 +102,7 @@ def confirm_parts(
 
 def confirm_part_windows(
     model: LayeredModel,
-    parts: Sequence[Part],
+    parts: Sequence[MlpPart],
     windows: Sequence[Sequence[int]],
     *,
     nulls: int = 16,

@@ -31,7 +31,7 @@ class PartName(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Part:
+class MlpPart:
     """A part of an MLP that creates persistent activations in `channels`.
 
     `added` is the largest value that its layer adds to one of them.
@@ -50,7 +50,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class PartTrial(UnitTrial[Part]):
+class PartTrial(UnitTrial[MlpPart]):
     """The causal test of one part."""
 
 

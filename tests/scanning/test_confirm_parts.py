@@ -18,7 +18,7 @@ from swsurgery.scanning.activation_report import Cause, ExpertShare, PersistentA
 from swsurgery.scanning.causal_test import find_clear
 from swsurgery.scanning.confirm_parts import confirm_part_windows, list_parts
 from swsurgery.scanning.losses import Gain
-from swsurgery.scanning.part_report import Part, PartName
+from swsurgery.scanning.part_report import MlpPart, PartName
 
 LOSSES = Path(__file__).parent.parent / "assets" / "window_losses.json"
 WINDOWS = [[(seed * 7 + place * 3) % 31 for place in range(9)] for seed in range(8)]
@@ -64,7 +64,7 @@ def test_parts_are_listed_from_the_causes():
 def test_the_effect_is_that_of_the_edited_model(kind, tmp_path):
     model = build("llama")
     plant(model, Place(1, 5, 9), WINDOWS)
-    part = Part(PartName(kind, 1, None, 5 if kind == "row" else 9), (5,), 100.0)
+    part = MlpPart(PartName(kind, 1, None, 5 if kind == "row" else 9), (5,), 100.0)
     test = confirm_part_windows(opened(model, tmp_path), [part], WINDOWS, nulls=4)
     base = perplexity(model)
     down = model.model.layers[1].mlp.down_proj.weight.data
@@ -81,7 +81,7 @@ def test_experts_are_compared_with_the_others_of_their_layer(tmp_path):
     place = Place(1, 5, 9, 2)
     plant(model, place, WINDOWS)
     weights_of(model, place)
-    parts = [Part(PartName("expert", 1, expert, None), (5,), 100.0) for expert in (2, 0)]
+    parts = [MlpPart(PartName("expert", 1, expert, None), (5,), 100.0) for expert in (2, 0)]
     test = confirm_part_windows(opened(model, tmp_path), parts, WINDOWS)
     base = perplexity(model)
     model.model.layers[1].mlp.experts.down_proj.data[2] = 0
@@ -93,7 +93,7 @@ def test_experts_are_compared_with_the_others_of_their_layer(tmp_path):
 
 def test_too_little_text_and_no_parts(tmp_path):
     layered = opened(build("llama"), tmp_path)
-    part = Part(PartName("row", 1, None, 5), (5,), 1.0)
+    part = MlpPart(PartName("row", 1, None, 5), (5,), 1.0)
     said: list[str] = []
     test = confirm_part_windows(layered, [part], WINDOWS[:3], nulls=3, say=said.append)
     assert test.trials[0].verdict == "untested" and said[0].startswith("too little text")
