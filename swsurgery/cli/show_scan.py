@@ -48,8 +48,8 @@ def show_scan(report: Scan) -> None:
         _print_passport(report.passport)
     if report.activations:
         _print_activations(report.activations)
-    if report.candidates:
-        _print_candidates(report.candidates, scored=report.method == "weights")
+    if report.candidates or report.removers:
+        _print_candidates([*report.candidates, *report.removers], scored=report.method == "weights")
     if report.confirmation is not None:
         _print_confirmation(report.confirmation)
     if report.part_confirmation is not None:
@@ -86,9 +86,9 @@ def _print_passport(passport: Passport) -> None:
 
 
 def _print_activations(activations: Sequence[PersistentActivation]) -> None:
-    """Print the super activations. Side effects follow in a table of their own."""
+    """Print the super activations. Side effects and recurring activations follow in tables of their own."""
     for side, title in ((False, "super activations"), (True, "side effects")):
-        shown = [a for a in activations if a.side is side]
+        shown = [a for a in activations if a.side is side and not a.recurring]
         if not shown:
             continue
         print_text(f"\n{title}: channels with massive values after these layers")
@@ -105,15 +105,41 @@ def _print_activations(activations: Sequence[PersistentActivation]) -> None:
                 "token": [a.token for a in shown],
                 "prompts": [a.prompts for a in shown],
                 "made by": [a.cause.describe() if a.cause else None for a in shown],
+                "removed by": [a.removed_by.describe() if a.removed_by else None for a in shown],
             }
         )
+    _print_recurring([a for a in activations if a.recurring])
+
+
+def _print_recurring(activations: Sequence[PersistentActivation]) -> None:
+    """Print where each recurring activation appears and disappears, one row for each time."""
+    if not activations:
+        return
+    print_text("\nrecurring activations: massive values before layers with full attention, which do not persist")
+    rows = [(a, one) for a in activations for one in a.appearances]
+    print_columns(
+        {
+            "channel": [a.channel for a, _ in rows],
+            "from layer": [one.first for _, one in rows],
+            "to layer": [one.last for _, one in rows],
+            "full attention in": [", ".join(map(str, one.before)) for _, one in rows],
+            "value": [format_cell(one.value) for _, one in rows],
+            "token": [a.token for a, _ in rows],
+            "prompts": [a.prompts for a, _ in rows],
+            "made by": [one.made_by.describe() if one.made_by else None for _, one in rows],
+            "removed by": [one.removed_by.describe() if one.removed_by else None for _, one in rows],
+            "": ["side effect" if a.side else None for a, _ in rows],
+        }
+    )
 
 
 def _print_candidates(candidates: Sequence[Candidate], scored: bool) -> None:
     print_text("\ncandidates")
+    several = any(c.role == "removes" for c in candidates)
     print_columns(
         _format_places(candidates)
         | {
+            "role": [c.role if several else None for c in candidates],
             "input spike": [format_cell(c.input_spike) for c in candidates],
             "output spike": [format_cell(c.output_spike) for c in candidates],
             "share": [format_cell(c.share) for c in candidates],

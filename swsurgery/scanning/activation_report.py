@@ -73,8 +73,34 @@ class Cause:
 
 
 @dataclass(frozen=True)
+class Appearance:
+    """One time that an activation appears: it is massive after each layer from `first` through `last`.
+
+    `value` is its largest state, with its sign. `before` contains the layers with full attention that receive the
+    massive state, if the model is a hybrid. `made_by` is what makes the state, and `removed_by` is what removes it in
+    layer `last` + 1; None if it persists to the end or fades over several layers.
+    """
+
+    first: int
+    last: int
+    value: float
+    before: tuple[int, ...] = ()
+    made_by: Cause | None = None
+    removed_by: Cause | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        plain = {key: convert_to_plain(value) for key, value in vars(self).items()}
+        causes = {"made_by": self.made_by, "removed_by": self.removed_by}
+        return plain | {key: cause.describe() if cause else None for key, cause in causes.items()}
+
+
+@dataclass(frozen=True)
 class PersistentActivation:
     """A super activation: a residual channel that is massive after each layer from `layer` through `last`.
+
+    If `recurring` is True, the activation does not persist. It appears before most layers with full attention of a
+    hybrid model, and is removed again after each (arXiv:2608.12149). `appearances` contains each time; it contains one
+    element for an activation that persists, and is empty if no single layer makes the activation.
 
     `layer` is the layer that adds most to it. `first` is the first layer after which the channel is massive; it is
     smaller than `layer` if the activation rises in several layers. `value` is the channel's hidden state with the
@@ -96,6 +122,13 @@ class PersistentActivation:
     ratio: float | None = None
     side: bool = False
     causes: tuple[Cause, ...] = ()
+    recurring: bool = False
+    appearances: tuple[Appearance, ...] = ()
+
+    @property
+    def removed_by(self) -> Cause | None:
+        """What removes the activation after its last appearance; None if nothing does."""
+        return self.appearances[-1].removed_by if self.appearances else None
 
     @property
     def cause(self) -> Cause | None:
@@ -105,7 +138,11 @@ class PersistentActivation:
     def to_json(self) -> dict[str, Any]:
         fields = {key: convert_to_plain(value) for key, value in vars(self).items()}
         made_by = self.cause.describe() if self.cause else None
-        return fields | {"made_by": made_by, "causes": [cause.to_json() for cause in self.causes]}
+        return fields | {
+            "made_by": made_by,
+            "causes": [cause.to_json() for cause in self.causes],
+            "appearances": [one.to_json() for one in self.appearances],
+        }
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,12 @@ The method follows section 3.1 of arXiv:2411.07191. A super activation is a resi
 layer and stays massive over many layers. The scan finds the layer whose MLP makes the channel massive. The output
 y[row] of the MLP's down projection is the sum over its neurons of x[col] * W[row, col]. Scalars whose products make up
 a large share of this sum are candidates. One super activation may hide others, so the candidates are set to zero and
-the model is run again. This is repeated until a round finds no new candidate.
+the model is run again. This is repeated until a round finds no new candidate. In hybrid models, a state that appears
+before most layers with full attention counts too, although it does not persist (arXiv:2608.12149).
 
     spikes.py       runs the model; records which MLP makes or removes which massive hidden state
     persistence.py  decides which massive hidden states persist over many layers
+    recurring.py    decides which massive hidden states recur before layers with full attention
     this module     finds the scalars that make the persistent states, in several rounds
 
 This module gives no verdicts; confirm.py measures the effect of each candidate. docs/detection.md explains when the
@@ -20,6 +22,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
+from swsurgery.checkpoint.attention_layers import find_attention_layers
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.errors import ModelError, Unrunnable, list_some, pluralise
 from swsurgery.model import Placement, load, measure, tokens
@@ -51,8 +54,9 @@ from swsurgery.scanning.persistence import (
     merge_drifts,
     merge_rises,
 )
-from swsurgery.scanning.report import Candidate, Scan
-from swsurgery.scanning.spikes import LEAST_MAXIMUM, MADE, OUTSTANDING, LayerSpikes, Trace
+from swsurgery.scanning.recurring import Recurrence, describe_appearance, find_recurrences, merge_recurrences
+from swsurgery.scanning.report import Candidate, Role, Scan
+from swsurgery.scanning.spikes import LEAST_MAXIMUM, MADE, OUTSTANDING, LayerSpikes, Move, Trace
 from swsurgery.storage.coordinate import Coordinate
 
 SCAN_PROMPTS = (*CONTINUED, "It rained all day; we stayed in.\nThen it stopped, and the children ran out.\n")
@@ -148,7 +152,8 @@ def scan_sequences(
     if not layers:
         raise Unrunnable("cannot find the list of decoder layers in the model", checkpoint.root)
     watch = LayerSpikes(model)
-    search, least = _Search(checkpoint), count_layers_to_last(layers)
+    attention = find_attention_layers(checkpoint.config, layers)
+    search, least = _Search(checkpoint, attention), count_layers_to_last(layers)
     unseen = sorted({*watch.unseen, *(layer.layer for layer in watch.unread)})
     notes = [f"{_format_numbers('layer', unseen)}: the down projection is not observed"] if unseen else []
     if layers <= least:
@@ -189,6 +194,7 @@ def scan_sequences(
         activations=tuple(search.activations),
         profile=profile,
         passport=passport,
+        removers=tuple(search.removers.values()),
         notes=(*notes, *search.notes),
         # An unread layer may contain a super weight only if a massive state of unknown cause begins there or later.
         unread=tuple(layer for layer in watch.unread if layer.layer <= max(search.untraced, default=-1)),
@@ -200,6 +206,7 @@ def scan_sequences(
             "kept": KEPT,
             "prominent": PROMINENT,
             "layers_kept": least,
+            **({"full_attention": len(attention)} if attention else {}),
             "share": SHARE,
             "outlier": OUTLIER,
             "companion": MIN_COMPANION_SHARE,
@@ -213,12 +220,15 @@ def scan_sequences(
 class _Search:
     """Collects the candidates, super activations and notes of all rounds. In round 1 the model is unedited.
 
-    `untraced` contains, for each persistent massive state that no observed MLP makes, the layer where it begins.
+    `attention` contains the layers with full attention of a hybrid model, and is empty for any other model. `removers`
+    contains the scalars that remove states of the unedited model. `untraced` contains, for each persistent massive
+    state that no observed MLP makes, the layer where it begins.
     """
 
-    def __init__(self, checkpoint: Checkpoint):
-        self.checkpoint = checkpoint
+    def __init__(self, checkpoint: Checkpoint, attention: Sequence[int] = ()):
+        self.checkpoint, self.attention = checkpoint, attention
         self.candidates: dict[Coordinate, Candidate] = {}
+        self.removers: dict[Coordinate, Candidate] = {}
         self.activations: list[PersistentActivation] = []
         self.notes: list[str] = []
         self.untraced: set[int] = set()
@@ -231,10 +241,11 @@ class _Search:
 
     def look(self, traces: Sequence[Trace], number: int) -> list[Coordinate]:
         """Add the candidates found in the traces of round `number` (counted from 1), and return their coordinates."""
-        rises, companions = self._split(traces, number == 1)
-        self._add_activations(traces, rises, companions)
+        recurrences = list(find_recurrences(traces, self.attention))
+        rises, companions = self._split(traces, recurrences, number == 1)
+        self._add_activations(traces, rises, companions, recurrences)
         if number == 1:
-            self._note_ends(traces, rises)
+            self._find_removers(traces, rises)
         found: dict[Coordinate, list[tuple[Spell, RowTerm]]] = defaultdict(list)
         unmade: dict[tuple[int, int], str] = {}  # by layer and channel
         searched = {(rise.main.move.layer, rise.main.move.channel) for rise in rises}
@@ -248,7 +259,9 @@ class _Search:
                 unmade[spell.move.layer, spell.move.channel] = terms.explain_no_maker()
         for coordinate, places in found.items():
             scalar = places[0][1]
-            self.candidates[coordinate] = self._make_candidate(coordinate, places, number)
+            self.candidates[coordinate] = self._make_candidate(
+                [(spell.sequence, spell.move, scalar) for spell, scalar in places], number, "creates"
+            )
             self._decomposer.remove(scalar)  # the next rounds run without this scalar
             unmade.pop((scalar.projection.layer, scalar.row), None)
         for (layer, channel), why in sorted(unmade.items()):
@@ -257,8 +270,10 @@ class _Search:
             )
         return list(found)
 
-    def _split(self, traces: Sequence[Trace], unedited: bool) -> tuple[list[Rise], list[Rise]]:
-        """Divide the persistent massive hidden states into main states and side effects.
+    def _split(
+        self, traces: Sequence[Trace], recurrences: Sequence[Recurrence], unedited: bool
+    ) -> tuple[list[Rise], list[Rise]]:
+        """Divide the massive hidden states that persist or recur into main states and side effects.
 
         Only the scalars that make main states are searched for. A state is a main state if the MLP output that makes it
         is at least `MIN_COMPANION_SHARE` of the MLP's largest output for the same token in the unedited model, or if it
@@ -272,7 +287,7 @@ class _Search:
                     self._largest[sequence, move.layer, move.token] = move.record.largest
         rises: list[Rise] = []
         companions: list[Rise] = []
-        for rise in find_rises(traces):
+        for rise in (*find_rises(traces), *(rise for one in recurrences for rise in one.rises)):
             spell = rise.main
             before = self._unedited[spell.sequence]
             left = compute_remainder(before, traces[spell.sequence], rise)
@@ -285,61 +300,78 @@ class _Search:
             self._main = {rise.main.place for rise in rises}
         return rises, companions
 
-    def _add_activations(self, traces: Sequence[Trace], rises: Sequence[Rise], companions: Sequence[Rise]) -> None:
-        """Add the persistent activations that are new, with their causes. Side effects are added in round 1 only."""
+    def _add_activations(
+        self,
+        traces: Sequence[Trace],
+        rises: Sequence[Rise],
+        companions: Sequence[Rise],
+        recurrences: Sequence[Recurrence],
+    ) -> None:
+        """Add the activations that are new, with their causes. Side effects are added in round 1 only."""
         unedited = traces is self._unedited
         fresh: list[PersistentActivation] = []
+        brief = {rise for one in recurrences for rise in one.rises}
         for group, side in ((rises, False), (companions if unedited else (), True)):
-            for rise, new in merge_rises(traces, group):
-                if not any(
-                    old.channel == new.channel and old.layer <= new.layer <= old.last
-                    for old in [*self.activations, *fresh]
-                ):
+            for rise, new in merge_rises(traces, [rise for rise in group if rise not in brief]):
+                if self._is_new(new, fresh):
                     causes = tuple(find_cause(spell.move, self._decomposer) for spell in rise.spells)
-                    fresh.append(replace(new, side=side, causes=causes))
+                    seen = describe_appearance(traces, rise, self.attention, self._decomposer)
+                    fresh.append(replace(new, side=side, causes=causes, appearances=(seen,)))
                     if not rise.main.move.made_by_mlp:
                         self.untraced.add(new.layer)
+        for one, new in merge_recurrences(traces, recurrences, self.attention, self._decomposer):
+            side = one.main not in rises
+            if self._is_new(new, fresh) and (unedited or not side):
+                fresh.append(replace(new, side=side))
+                self.untraced.update(rise.main.move.layer for rise in one.rises if not rise.main.move.made_by_mlp)
         for new in merge_drifts(traces, find_drifts(traces)) if unedited else ():
             self.untraced.add(new.layer)
             if not any(old.channel == new.channel for old in fresh):
                 fresh.append(new)
         self.activations += name_neurons(fresh)
 
-    def _make_candidate(
-        self, coordinate: Coordinate, places: Sequence[tuple[Spell, RowTerm]], number: int
-    ) -> Candidate:
-        def score(place: tuple[Spell, RowTerm]) -> float:
-            spell, scalar = place
-            return abs(spell.move.added) * scalar.share / spell.move.median
+    def _is_new(self, new: PersistentActivation, fresh: Sequence[PersistentActivation]) -> bool:
+        """Return True if no activation of the same channel exists in the layer of `new`."""
+        return not any(
+            old.channel == new.channel and old.layer <= new.layer <= old.last for old in [*self.activations, *fresh]
+        )
 
-        spell, scalar = max(places, key=score)
+    def _make_candidate(self, places: Sequence[tuple[int, Move, RowTerm]], number: int, role: Role) -> Candidate:
+        """Describe a scalar that round `number` found. A place is a sequence, a move and the scalar's part of it."""
+
+        def score(place: tuple[int, Move, RowTerm]) -> float:
+            _, move, scalar = place
+            return abs(move.added) * scalar.share / move.median
+
+        _, move, scalar = max(places, key=score)
         projection = scalar.projection
         return Candidate(
-            coordinate,
+            scalar.coordinate,
             projection.layer,
             scalar.row,
             scalar.col,
             projection.expert,
             scalar.weight,
-            score=score((spell, scalar)),
+            score=max(map(score, places)),
             rank=StoredProjection(self.checkpoint, projection).compute_rank(scalar.weight),
             input_spike=scalar.x,
-            output_spike=spell.move.output,
+            output_spike=move.output,
             share=scalar.share,
-            prompts=len({spell.sequence for spell, _ in places}),
+            prompts=len({sequence for sequence, _, _ in places}),
             round=number,
+            role=role,
         )
 
-    def _note_ends(self, traces: Sequence[Trace], rises: Sequence[Rise]) -> None:
-        """Add notes about scalars that make a massive channel of the unedited model small again."""
-        ends: dict[Coordinate, str] = {}
-        for end in sorted(find_ends(traces, rises), key=lambda end: end.layer):
+    def _find_removers(self, traces: Sequence[Trace], rises: Sequence[Rise]) -> None:
+        """Find the scalars that make the massive channels of the unedited model small again."""
+        found: dict[Coordinate, list[tuple[int, Move, RowTerm]]] = defaultdict(list)
+        for sequence, end in sorted(find_ends(traces, rises), key=lambda one: one[1].layer):
             terms = self._decomposer.decompose(end)
-            if terms.explained and terms.scalars[0].share >= SHARE:
-                first = terms.scalars[0]
-                makes = f"{first.coordinate} = {first.weight:g} makes {first.share:.2f} of the change"
-                ends.setdefault(first.coordinate, f"layer {end.layer} removes channel {end.channel} again: {makes}")
-        self.notes += ends.values()
+            for scalar in terms.scalars if terms.explained else ():
+                if scalar.share >= SHARE:
+                    found[scalar.coordinate].append((sequence, end, scalar))
+        for coordinate, places in found.items():
+            self.removers[coordinate] = self._make_candidate(places, 1, "removes")
 
 
 def _describe_round(number: int, fresh: Sequence[Coordinate], search: _Search) -> str:

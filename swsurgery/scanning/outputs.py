@@ -205,8 +205,8 @@ def _list_joint(
         )
         for s in confirmation.joint_sets
     }
-    # Only listed candidates, because `together` is the effect of zeroing them without their companions.
-    tested = [t.candidate.coordinate for t in confirmation.trials if t.listed]
+    # Only listed candidates, because `together` is the effect of zeroing them without companions and removers.
+    tested = [t.candidate.coordinate for t in confirmation.trials if t.listed and t.candidate.role != "removes"]
     if len(tested) < 2 or frozenset(tested) in sets:
         return tuple(sets.values()), ()
     if set(tested) <= set(ids):

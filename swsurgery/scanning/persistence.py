@@ -93,14 +93,17 @@ def is_persistent(first: int, last: int, layers: int) -> bool:
     return to_end or further >= count_layers_to_last(layers)
 
 
-def find_rises(traces: Sequence[Trace]) -> Iterator[Rise]:
-    """Find the massive states that a layer makes and that persist through enough layers."""
+def find_rises(traces: Sequence[Trace], brief: bool = False) -> Iterator[Rise]:
+    """Find the massive states that a layer makes and that persist through enough layers.
+
+    If `brief` is True, find the states that do not persist instead.
+    """
     for sequence, trace in enumerate(traces):
         found: dict[tuple[int, int], list[Spell]] = defaultdict(list)
         for move in trace.moves.values():
             if move.raises or move.made_by_mlp:
                 last = _find_last(trace, move)
-                if is_persistent(move.layer, last, len(trace.hidden)):
+                if is_persistent(move.layer, last, len(trace.hidden)) is not brief:
                     found[move.token, move.channel].append(Spell(sequence, move, last))
         for spells in found.values():
             yield from _join_spells(sorted(spells, key=lambda spell: spell.move.layer))
@@ -118,12 +121,22 @@ def _join_spells(spells: Sequence[Spell]) -> Iterator[Rise]:
         yield Rise(tuple(joined))
 
 
-def find_ends(traces: Sequence[Trace], rises: Iterable[Rise]) -> Iterator[Move]:
-    """Find the moves that end the main spells of rises: an MLP removes the state after the spell's last layer."""
-    for sequence, move, last in (rise.main for rise in rises):
-        end = traces[sequence].moves.get((last + 1, move.token, move.channel))
-        if end is not None and end.added * move.after < 0 and abs(end.added) >= KEPT * abs(end.change):
-            yield end
+def find_ends(traces: Sequence[Trace], rises: Iterable[Rise]) -> Iterator[tuple[int, Move]]:
+    """Find the moves that end the main spells of rises: an MLP removes the state after the spell's last layer.
+
+    Yields the number of the sequence with each move.
+    """
+    for rise in rises:
+        end = find_end(traces, rise)
+        if end is not None and abs(end.added) >= KEPT * abs(end.change) and end.added * end.before < 0:
+            yield rise.main.sequence, end
+
+
+def find_end(traces: Sequence[Trace], rise: Rise) -> Move | None:
+    """Return the move that ends the main spell of `rise`; None if the spell lasts to the end or fades slowly."""
+    sequence, move, last = rise.main
+    end = traces[sequence].moves.get((last + 1, move.token, move.channel))
+    return end if end is not None and end.change * move.after < 0 else None
 
 
 def find_drifts(traces: Sequence[Trace]) -> Iterator[Drift]:
@@ -149,7 +162,7 @@ def merge_rises(traces: Sequence[Trace], rises: Iterable[Rise]) -> Iterator[tupl
     for rise in rises:
         groups[rise.main.move.layer, rise.main.move.channel].append(rise)
     for (layer, channel), group in sorted(groups.items()):
-        found = ((rise, *_find_peak(traces, rise)) for rise in group)
+        found = ((rise, *find_peak(traces, rise)) for rise in group)
         rise, peak, value = max(found, key=lambda one: abs(one[2]))
         prompts = len({rise.main.sequence for rise in group})
         sequence, token = rise.main.sequence, rise.main.move.token
@@ -195,7 +208,7 @@ def _find_last(trace: Trace, move: Move) -> int:
     return len(trace.hidden) - 1
 
 
-def _find_peak(traces: Sequence[Trace], rise: Rise) -> tuple[int, float]:
+def find_peak(traces: Sequence[Trace], rise: Rise) -> tuple[int, float]:
     """Find the largest state of a rise. Returns the layer after which it is reached, and its value."""
     sequence, move, _ = rise.main
     states = [float(h[move.token, move.channel]) for h in traces[sequence].hidden[rise.first : rise.last + 1]]

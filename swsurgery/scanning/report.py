@@ -29,6 +29,7 @@ from swsurgery.storage.result import TableResult
 
 Method = Literal["activations", "weights", "experts"]
 Answer = Literal["found", "none", "undecided"]
+Role = Literal["creates", "removes"]
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,8 @@ class Candidate:
     Each method defines `score` in its own way. `rank` is the rank of the scalar's magnitude in its matrix, 1 for the
     largest. Fields that the method does not measure are None.
 
-    A scan by activations sets `input_spike` = x[col], `output_spike` = y[row] and `share` = x[col] * W[row, col] /
+    A scan by activations sets `role`: "creates" if the scalar makes a super activation, "removes" if it makes the
+    activation small again. It sets `input_spike` = x[col], `output_spike` = y[row] and `share` = x[col] * W[row, col] /
     y[row]; these values are from the prompt with the largest score. `prompts` is the number of prompts in which the
     scalar was found, and `round` the number of the round that found it, counted from 1.
 
@@ -60,6 +62,7 @@ class Candidate:
     share: float | None = None
     prompts: int | None = None
     round: int | None = None
+    role: Role | None = None
 
     @property
     def unit(self) -> Coordinate:
@@ -186,9 +189,10 @@ class UnreadLayer:
 class Scan(TableResult):
     """The result of one scan.
 
-    `candidates` and `activations` are what the detector lists, and `confirmation` is the causal test, or None if it was
-    not run. `notes` contains lines for the user, such as the reason why nothing was found. `layers` is the number of
-    layers of the model, and `unread` lists the layers that were not read completely. `passport` contains the largest
+    `candidates` and `activations` are what the detector lists. `removers` contains the scalars that remove activations;
+    they are super weights only if the causal test finds them critical. `confirmation` is the causal test, or None if it
+    was not run. `notes` contains lines for the user, such as the reason why nothing was found. `layers` is the number
+    of layers of the model, and `unread` lists the layers that were not read completely. `passport` contains the largest
     activation of each prompt, if prompts were run.
     """
 
@@ -205,6 +209,7 @@ class Scan(TableResult):
     settings: Mapping[str, Any] = field(default_factory=dict, repr=False)
     passport: Passport | None = None
     part_confirmation: PartConfirmation | None = None
+    removers: tuple[Candidate, ...] = ()
     shown: ClassVar[tuple[str, ...]] = ("answer", "super_weights")
 
     @property
@@ -219,7 +224,7 @@ class Scan(TableResult):
         return tuple(
             t.candidate
             for t in self.confirmation.trials
-            if t.verdict in critical or (t.verdict == "untested" and t.listed)
+            if t.verdict in critical or (t.verdict == "untested" and t.listed and t.candidate.role != "removes")
         )
 
     @property
@@ -245,7 +250,8 @@ class Scan(TableResult):
     def to_json(self) -> dict[str, Any]:
         """Return the document that `scan --json` prints."""
         trials = {t.candidate.coordinate: t for t in (self.confirmation.trials if self.confirmation else ())}
-        tested = [t.candidate for t in trials.values()] or list(self.candidates)
+        tested = [t.candidate for t in trials.values()] or [*self.candidates, *self.removers]
+        listed = [merge_trial(c, trials.get(c.coordinate)) for c in tested]
         document: dict[str, Any] = {
             "method": self.method,
             "model_type": self.model_type,
@@ -253,7 +259,8 @@ class Scan(TableResult):
             "answer": self.answer,
             "unread": [layer.to_json() for layer in self.unread],
             "super_weights": [merge_trial(c, trials.get(c.coordinate)) for c in self.super_weights],
-            "candidates": [merge_trial(c, trials.get(c.coordinate)) for c in tested],
+            "candidates": [one for one in listed if one["role"] != "removes"],
+            "removers": [one for one in listed if one["role"] == "removes"],
             "super_activations": [a.to_json() for a in self.activations],
             "joint_sets": [s.to_json() for s in (self.confirmation.joint_sets if self.confirmation else ())],
             "notes": list(self.notes),

@@ -64,6 +64,7 @@ def find_companions(listed: Sequence[Candidate], matrices: Mapping[ProjectionKey
                     share=None,
                     prompts=None,
                     round=None,
+                    role=None,
                 )
     return list(found.values())[len(listed) :]
 

@@ -20,8 +20,9 @@ class EffectItem(DocumentPart):
 class ScalarItem(DocumentPart):
     """A candidate: one scalar of a down projection, and what the method measured of it.
 
-    `verdict`, `alone`, `without` and `listed` exist after a causal test. `listed` is false for a scalar of the same
-    column that the method did not list itself.
+    `role` is "creates" if the scalar makes an activation, "removes" if it makes one small again, and null if the method
+    does not know. `verdict`, `alone`, `without` and `listed` exist after a causal test. `listed` is false for a scalar
+    of the same column that the method did not list itself.
     """
 
     tensor: str
@@ -39,6 +40,7 @@ class ScalarItem(DocumentPart):
     share: PlainNumber | None
     prompts: int | None
     round: int | None
+    role: Literal["creates", "removes"] | None
     verdict: str = ABSENT
     alone: EffectItem = ABSENT
     without: EffectItem | None = ABSENT
@@ -71,8 +73,25 @@ class CauseItem(DocumentPart):
     experts: list[ExpertShareItem]
 
 
+class AppearanceItem(DocumentPart):
+    """One time that an activation appears: the layers after which it is massive, and what makes and removes it.
+
+    `before` contains the layers with full attention that receive it, in a hybrid model.
+    """
+
+    first: int
+    last: int
+    value: PlainNumber
+    before: list[int]
+    made_by: str | None
+    removed_by: str | None
+
+
 class ActivationItem(DocumentPart):
     """A residual channel that is massive after each layer from `first` through `last`, and what makes it.
+
+    A recurring activation does not persist: it appears before layers with full attention, at the times in
+    `appearances`.
 
     `layer` is the layer that adds most, `made_by` describes what makes the activation there, and `ratio` is the
     magnitude of `value` in medians of its layer. `side` is true for a side effect of a larger activation.
@@ -89,8 +108,10 @@ class ActivationItem(DocumentPart):
     first: int | None
     ratio: PlainNumber | None
     side: bool
+    recurring: bool
     made_by: str | None
     causes: list[CauseItem]
+    appearances: list[AppearanceItem]
 
 
 class LargestItem(DocumentPart):
@@ -239,6 +260,7 @@ class ScanDocument(Document):
     unread: list[UnreadItem]
     super_weights: list[ScalarItem]
     candidates: list[ScalarItem]
+    removers: list[ScalarItem]
     super_activations: list[ActivationItem]
     joint_sets: list[JointItem]
     notes: list[str]

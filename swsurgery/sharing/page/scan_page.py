@@ -57,6 +57,7 @@ SETTINGS = {
     "made": "a layer makes a massive state if it adds at least this share of it",
     "kept": "a state persists while it keeps at least this share of its first value",
     "layers_kept": "number of layers through which a state must persist",
+    "full_attention": "number of layers with full attention, in a hybrid model",
     "share": "a candidate makes at least this share of the output in its row",
     "outlier": "input and output of a candidate are at least this many times the median of their kind",
     "companion": "an output below this share of the MLP’s largest output is a side effect",
@@ -146,23 +147,47 @@ def _show_activations(document: Document) -> Markup:
     last_layer = (read_integer(document, "layers") or 0) - 1
     rows = []
     for one in read_maps(document, "super_activations"):
+        if one.get("recurring") is True:
+            continue
         last = read_integer(one, "last")
         down = "never" if last is None or last >= last_layer else str(last + 1)
         numbers = (read_integer(one, key) for key in ("peak", "prompt", "token", "prompts"))
         value, ratio = show_number(one.get("value")), show_number(one.get("ratio"))
         side = "side effect" if one.get("side") is True else ""
         up = read_integer(one, "layer")
-        rows.append([read_integer(one, "channel"), value, ratio, up, down, *numbers, read_text(one, "made_by"), side])
+        removers = [read_text(time, "removed_by") for time in read_maps(one, "appearances")]
+        causes = read_text(one, "made_by"), next(iter(removers), "")
+        rows.append([read_integer(one, "channel"), value, ratio, up, down, *numbers, *causes, side])
     header = (
         *("channel", "largest value", "in medians", "step up in layer", "step down in layer"),
-        *("largest after layer", "prompt", "token", "in prompts", "made by", ""),
+        *("largest after layer", "prompt", "token", "in prompts", "made by", "removed by", ""),
     )
-    return make_table(header, rows, numeric=range(len(header) - 2))
+    return join([make_table(header, rows, numeric=range(len(header) - 3)), _show_recurring(document)])
+
+
+def _show_recurring(document: Document) -> Markup:
+    """Render each time that a recurring activation appears before a layer with full attention."""
+    rows = [
+        [
+            *(read_integer(one, "channel"), read_integer(time, "first"), read_integer(time, "last")),
+            ", ".join(str(layer) for layer in read_numbers(time, "before")),
+            show_number(time.get("value")),
+            *(read_text(time, "made_by"), read_text(time, "removed_by")),
+        ]
+        for one in read_maps(document, "super_activations")
+        if one.get("recurring") is True
+        for time in read_maps(one, "appearances")
+    ]
+    if not rows:
+        return join([])
+    header = ("channel", "from layer", "to layer", "full attention in", "largest value", "made by", "removed by")
+    words = "Activations that appear before layers with full attention, and do not persist:"
+    return join([make_tag("p", words), make_table(header, rows, numeric=range(5))])
 
 
 def _show_profile(document: Document) -> Markup:
     profile = read_map(document, "profile")
-    marked = [*read_maps(document, "candidates"), *(read_map(e, "cause") for e in read_maps(document, "experts"))]
+    marked = [*_list_scalars(document), *(read_map(e, "cause") for e in read_maps(document, "experts"))]
     massive = _list_massive(document)
     figures = []
     for key, spike, caption in PANELS:
@@ -182,22 +207,37 @@ def _show_profile(document: Document) -> Markup:
 def _list_massive(document: Document) -> set[int]:
     """List the layers after which a super activation exists."""
     layers: set[int] = set()
-    for one in read_maps(document, "super_activations"):
+    for one in _list_spans(document):
         first, last = read_integer(one, "layer"), read_integer(one, "last")
         if first is not None and last is not None and 0 <= first <= last < MAX_LAYERS:
             layers.update(range(first, last + 1))
     return layers
 
 
+def _list_scalars(document: Document) -> list[Document]:
+    """List the candidates, followed by the scalars that remove activations."""
+    return [*read_maps(document, "candidates"), *read_maps(document, "removers")]
+
+
+def _list_spans(document: Document) -> list[Document]:
+    """List the layers of each super activation, with one element for each appearance of a recurring one."""
+    spans: list[Document] = []
+    for one in read_maps(document, "super_activations"):
+        times = read_maps(one, "appearances") if one.get("recurring") is True else []
+        spans += [{"layer": time.get("first"), "last": time.get("last")} for time in times] or [one]
+    return spans
+
+
 def _show_candidates(document: Document) -> Markup:
     keys = ("input_spike", "output_spike", "share", "z", "rank", "prompts", "round")
     words = ("input spike", "output spike", "share", "z", "rank of |W|", "prompts", "round")
-    candidates = read_maps(document, "candidates")
+    candidates = _list_scalars(document)
     kept = [at for at, key in enumerate(keys) if any(one.get(key) is not None for one in candidates)]
     rows = []
     for one in candidates:
         verdict = read_text(one, "verdict") or "not tested"
         aside = ", companion" if one.get("listed") is False else ""
+        aside += ", removes an activation" if read_text(one, "role") == "removes" else ""
         numbers = [show_number(one.get(keys[at])) for at in kept]
         rows.append([make_code(show_scalar(one)), f"{verdict}{aside}", show_value(one.get("value")), *numbers])
     header = ("scalar", "verdict", "value", *(words[at] for at in kept))
@@ -228,7 +268,7 @@ def _show_misses(document: Document) -> list[Markup]:
     ]
     inert = [
         f"{format_short_name(one)}: {read_text(one, 'verdict')}, perplexity x{format_figure(ratio)} without it"
-        for one in [*read_maps(document, "candidates"), *read_maps(document, "experts")]
+        for one in [*_list_scalars(document), *read_maps(document, "experts")]
         if read_text(one, "verdict") in ("inert", "untested")
         and (ratio := read_number(one, "alone", "ratio")) is not None
     ]

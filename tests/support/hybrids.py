@@ -1,0 +1,201 @@
+"""Tiny hybrid models with activations that appear before each layer with full attention, and do not persist.
+
+One scalar of a down projection creates such an activation in the last MLP before the layer with full attention. Another
+scalar, in the next MLP, removes it. No test lives here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from planted import Place, weights_of
+from torch import Tensor, nn
+
+_SIZES = {
+    "vocab_size": 32, "hidden_size": 32, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 2,
+    "head_dim": 16, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+_HEADS = {
+    "linear_num_value_heads": 2, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+    "linear_conv_kernel_dim": 2,
+}  # fmt: skip
+_MAMBA_2 = {
+    "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_d_conv": 2,
+    "mamba_chunk_size": 4,
+}  # fmt: skip
+_EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 12}
+_LATENT = {
+    "kv_lora_rank": 8, "q_lora_rank": None, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8,
+    "n_group": 1, "topk_group": 1, "n_shared_experts": 1, "n_routed_experts": 4, "num_local_experts": 4,
+}  # fmt: skip
+
+TRIGGER = 3
+"""The token on which the planted activations appear. It is the first of every sequence, so its states are the same."""
+
+CHANNEL, MARK = 5, 9
+"""The channel of the planted activations, and the channel that marks the trigger in the embedding."""
+
+NEURON, ERASER = 7, 11
+"""The neurons that create and remove the planted activations."""
+
+SEQUENCES = ([TRIGGER, 7, 11, 19, 5, 28], [TRIGGER, 9, 2, 30, 14], [TRIGGER, 17, 4, 22, 8, 26, 13, 6, 21])
+
+
+class Planted(NamedTuple):
+    """The scalars that were planted in one model, and the layers with full attention."""
+
+    creators: list[Place]
+    removers: list[Place]
+    attention: list[int]
+
+
+def _types(other: str, full: str, periods: int) -> list[str]:
+    return [other, other, full] * periods
+
+
+def make_settings(family: str, periods: int = 3) -> dict[str, Any]:
+    """Return the settings of one family, with `periods` layers with full attention: every third layer.
+
+    In Nemotron-H, where a layer is a mixer or an MLP, there are four layers for each layer with full attention.
+    """
+    count = 3 * periods
+    linear = {"layer_types": _types("linear_attention", "full_attention", periods)}
+    per_family: dict[str, dict[str, Any]] = {
+        "qwen3_next": linear
+        | _HEADS
+        | _EXPERTS
+        | {"num_experts": 4, "shared_expert_intermediate_size": 20, "mlp_only_layers": list(range(count))},
+        "qwen3_5_text": linear | _HEADS,
+        "kimi_linear": linear
+        | _EXPERTS
+        | _LATENT
+        | {"mlp_layer_types": ["dense"] * count, "first_k_dense_replace": count}
+        | {"linear_head_dim": 8, "linear_num_heads": 2, "linear_conv_kernel_dim": 2},
+        "lfm2": {"layer_types": _types("conv", "full_attention", periods), "block_auto_adjust_ff_dim": False},
+        "jamba": {"attn_layer_period": 3, "attn_layer_offset": 2, "num_experts": 1, "num_local_experts": 1}
+        | {"mamba_d_state": 4, "mamba_d_conv": 2, "mamba_expand": 2, "mamba_dt_rank": 2, "use_cache": False},
+        "bamba": _MAMBA_2 | {"attn_layer_indices": list(range(2, count, 3)), "mamba_expand": 2},
+        "recurrent_gemma": {
+            "intermediate_size": 48,
+            "block_types": ["recurrent", "recurrent", "attention"],
+            "lru_width": 32,
+            "conv1d_width": 2,
+            "attention_window_size": 16,
+        },
+        "nemotron_h": _EXPERTS
+        | {"layers_block_type": ["mamba", "mlp", "attention", "mlp"] * periods, "n_routed_experts": 4}
+        | {"moe_shared_expert_intermediate_size": 20, "ssm_state_size": 4, "mamba_num_heads": 2}
+        | {"mamba_head_dim": 16, "n_groups": 1, "chunk_size": 4, "conv_kernel": 2},
+        "olmo_hybrid": linear | _HEADS,
+        "minimax": linear | {"num_local_experts": 4, "num_experts_per_tok": 2, "block_size": 4},
+    }
+    depth = {} if family == "nemotron_h" else {"num_hidden_layers": count}
+    return _SIZES | depth | per_family[family]
+
+
+PLANTABLE = ("qwen3_next", "qwen3_5_text", "kimi_linear", "lfm2", "jamba", "bamba", "recurrent_gemma", "nemotron_h")
+"""Families whose MLPs add to the residual stream without a norm, in transformers' own implementations."""
+
+FAMILIES = (*PLANTABLE, "olmo_hybrid", "minimax")
+
+
+def build(family: str, seed: int = 0, periods: int = 3, spread: float = 0.3) -> transformers.PreTrainedModel:
+    """Build a random float32 model whose matrices have the standard deviation `spread`."""
+    config = transformers.AutoConfig.for_model(family, **make_settings(family, periods))
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0.0, spread)
+    return model.eval()
+
+
+def list_attention(family: str, periods: int = 3) -> list[int]:
+    """List the layers with full attention of the models that `build` makes."""
+    step = 4 if family == "nemotron_h" else 3
+    return list(range(2, step * periods, step))
+
+
+@torch.no_grad()
+def plant_recurring(
+    model: transformers.PreTrainedModel, family: str, medians: float = 1000.0, skipped: Sequence[int] = ()
+) -> Planted:
+    """Plant an activation of `medians` medians before each layer with full attention, except those in `skipped`."""
+    _clear(model)
+    layers = len(model.model.layers)
+    attention = list_attention(family, layers // (4 if family == "nemotron_h" else 3))
+    creators, removers = [], []
+    for layer in (layer for layer in attention if layer not in skipped):
+        after = layer + 1 if family == "nemotron_h" else layer  # the next layer with an MLP
+        creators.append(Place(layer - 1, CHANNEL, NEURON))
+        removers.append(Place(after, CHANNEL, ERASER))
+        for place, source, target in ((creators[-1], MARK, medians), (removers[-1], CHANNEL, 0.0)):
+            _set(model, place, source, target)
+    return Planted(creators, removers, attention)
+
+
+def _clear(model: transformers.PreTrainedModel) -> None:
+    """Leave only the trigger in channel MARK, and next to nothing in CHANNEL."""
+    width = model.config.hidden_size
+    for parameter in model.model.layers.parameters():
+        if parameter.dim() in (2, 3) and parameter.shape[-2] == width:
+            parameter[..., [CHANNEL, MARK], :] *= 0.02
+    embedding = model.get_input_embeddings().weight
+    embedding[:, [CHANNEL, MARK]] = 0
+    embedding[TRIGGER, MARK] = 4.0 if model.config.model_type == "recurrent_gemma" else 20.0  # it is scaled there
+
+
+def _set(model: transformers.PreTrainedModel, place: Place, source: int, medians: float) -> None:
+    """Let the neuron of `place` read one channel, and bring the trigger's hidden state to `medians` medians."""
+    gate, up, down = weights_of(model, place)
+    before = _run(model, place)[0]
+    sign = 1.0 if source == MARK or before[CHANNEL] > 0 else -1.0
+    for weight in (gate, up):
+        weight.zero_()
+        weight[source] = 2.0 * sign
+    for channel in range(model.config.hidden_size):  # the neuron writes to its own channel only
+        weights_of(model, place._replace(row=channel))[2].zero_()
+    state, x = _run(model, place)
+    down.copy_((medians * state.abs().median() - state[CHANNEL]) / x[place.col])
+
+
+def _run(model: transformers.PreTrainedModel, place: Place) -> tuple[Tensor, Tensor]:
+    """Return the trigger's hidden state after the layer of `place`, and the inputs of its down projection."""
+    kept: list[Tensor] = []
+    module = next(m for m in model.modules() if _holds(m, weights_of(model, place)[2]))
+    handles = [
+        module.register_forward_hook(lambda m, arguments, output: kept.append(arguments[0])),
+        model.model.layers[place.layer].register_forward_hook(
+            lambda m, arguments, output: kept.append(output[0] if isinstance(output, tuple) else output)
+        ),
+    ]
+    model(input_ids=torch.tensor([SEQUENCES[0]]), use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return kept[1].reshape(-1, kept[1].shape[-1])[0], kept[0].reshape(-1, kept[0].shape[-1])[0]
+
+
+def _holds(module: nn.Module, view: Tensor) -> bool:
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, Tensor) and weight.untyped_storage().data_ptr() == view.untyped_storage().data_ptr()
+
+
+def show_states(model: transformers.PreTrainedModel, sequence: Sequence[int]) -> list[float]:
+    """Return the ratio of the trigger's CHANNEL to the median after each layer, as transformers computes it."""
+    states: list[Tensor] = []
+    handles = [
+        layer.register_forward_hook(
+            lambda m, arguments, output: states.append(output[0] if isinstance(output, tuple) else output)
+        )
+        for layer in model.model.layers
+    ]
+    with torch.no_grad():
+        model(input_ids=torch.tensor([list(sequence)]), use_cache=False)
+    for handle in handles:
+        handle.remove()
+    flat = [state.reshape(-1, state.shape[-1]) for state in states]
+    return [float(state[0, CHANNEL].abs() / state.abs().median()) for state in flat]
