@@ -23,7 +23,7 @@ _LAST_NORMS = (
 _NORM = re.compile(r"norm\d*\.weight$")
 """The pattern of names of norms in layers. A model of unknown type whose layers have norms has one after them."""
 
-_WITHOUT_NORM = frozenset({"olmo", "opt"})
+_WITHOUT_NORM = ("olmo", "opt")
 """Model types of known families whose last norm has no weight, or does not always exist."""
 
 
@@ -45,15 +45,18 @@ def check_outside(
         lacks.append(
             Lack("tensor-missing", "", "no embedding is stored under a known name", names=_list_weights(EMBEDDINGS))
         )
-    model_type = {config.get("model_type")}
     normed = any(_NORM.search(pattern) for each in usual for layer in each.layers.values() for pattern in layer)
-    expected = known and model_type.isdisjoint(_WITHOUT_NORM) or not known and normed
-    if expected and not any(_has_ending(name, _LAST_NORMS) for name in own):
+    expected = known and config.get("model_type") not in _WITHOUT_NORM or not known and normed
+    norms = [name for name in own if _has_ending(name, _LAST_NORMS)]
+    if expected and not norms:
         lacks.append(
             Lack("tensor-missing", "", "no norm after the last layer is stored under a known name", names=_LAST_NORMS)
         )
     for name in [*([embedding] if embedding else []), *heads]:
         lacks += _check_rows(name, own[name], declared)
+    for name in norms:
+        if embedding is not None and _find_module(name) == _find_module(embedding):
+            lacks += _check_norm(name, own[name], declared)
     return lacks
 
 
@@ -76,6 +79,18 @@ def _check_rows(name: str, shape: Shape | None, declared: Declared) -> Iterator[
     elif shape[1] not in declared.numbers and declared.has_width:
         what = f"is stored as {list(shape)}, but config.json contains no size {shape[1]}"
         yield Lack("shape-mismatch", name, what, name)
+
+
+def _check_norm(name: str, shape: Shape | None, declared: Declared) -> Iterator[Lack]:
+    """Yield a finding if the norm after the last layer has a length that config.json does not contain."""
+    if shape is not None and len(shape) == 1 and declared.has_width and shape[0] not in declared.numbers:
+        what = f"is stored as {list(shape)}, but config.json contains no size {shape[0]}"
+        yield Lack("shape-mismatch", name, what, name)
+
+
+def _find_module(name: str) -> str:
+    """Return the name of the module that contains the module of a weight: "model" for "model.norm.weight"."""
+    return name.removesuffix(".weight").rpartition(".")[0]
 
 
 def _find_heads(names: Mapping[str, object]) -> list[str]:

@@ -127,6 +127,7 @@ def change(name: str, shape: tuple[int, ...]):
         ("model.embed_tokens.weight", (VOCABULARY - 1, HIDDEN), "vocabulary"),
         ("lm_head.weight", (VOCABULARY - 1, HIDDEN), "vocabulary"),
         ("model.embed_tokens.weight", (VOCABULARY, HIDDEN + 1), "shape-mismatch"),
+        ("model.norm.weight", (HIDDEN + 1,), "shape-mismatch"),
     ],
 )
 def test_another_shape_is_one_finding(tmp_path, name, shape, rule):
@@ -461,6 +462,16 @@ def test_hostile_numbers_of_shards_and_layers_in_names(tmp_path):
     (tmp_path / INDEX).write_text(text)
     report = swsurgery.preflight(tmp_path)
     assert {f.rule for f in report.findings} == {"shard-missing"} and len(report.findings) <= MAX_LISTED
+
+
+@pytest.mark.parametrize("value", [[], {}, None, 3, True, [["llama"]]], ids=str)
+def test_a_model_type_that_is_no_text_is_unknown(tmp_path, value):
+    assert errors(write_model(tmp_path, config={"model_type": value})) == []
+
+
+def test_the_norm_of_a_projector_has_its_own_length(tmp_path):
+    shapes = list_shapes() | {"multi_modal_projector.norm.weight": (HIDDEN + 1,)}
+    assert errors(write_model(tmp_path, shapes)) == []
 
 
 def test_names_that_would_break_a_line_are_escaped(tmp_path, capsys):
