@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=512)
     asked = parser.parse_args()
     sizes = [str(asked.windows), str(asked.window)]
-    from swsurgery.model.check import read_built_in_text
+    from swsurgery.model.text import read_built_in_text
 
     with tempfile.TemporaryDirectory() as folder:
         text = Path(folder, "text.txt")

@@ -47,7 +47,7 @@ model.save_pretrained(sys.argv[1])
 MAKE_WINDOWS = """
 import json, sys
 from swsurgery.model import load, tokens
-from swsurgery.model.check import read_built_in_text
+from swsurgery.model.text import read_built_in_text
 folder, windows, window = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 from pathlib import Path
 if (Path(folder) / "tokenizer.json").exists():
@@ -55,7 +55,7 @@ if (Path(folder) / "tokenizer.json").exists():
 else:
     import torch
     ids = torch.randint(3, 262144, (windows * window,), generator=torch.Generator().manual_seed(0)).tolist()
-print(json.dumps(tokens.cut_windows(ids, [], windows, window)))
+print(json.dumps([ids[at : at + window] for at in range(0, min(windows * window, len(ids) - window + 1), window)]))
 """
 PREAMBLE = """
 import json, resource, sys, time, warnings

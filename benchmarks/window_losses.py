@@ -19,6 +19,8 @@ import transformers
 from swsurgery.checkpoint.opening import open_checkpoint
 from swsurgery.checkpoint.projections import locate
 from swsurgery.model import load, measure, tokens
+from swsurgery.model.cutting import cut_windows
+from swsurgery.model.protocol import Protocol
 
 WINDOWS, TOKENS = 256, 256
 SUPER_WEIGHTS = {"layer 11 [507, 1229]": (11, 507, 1229), "layer 2 [507, 90]": (2, 507, 90)}
@@ -36,9 +38,8 @@ def main() -> None:
     with load.hide_output():
         tokenizer = load.load_tokenizer(checkpoint.root)
         model = load.open_model(checkpoint, device="cpu", placement="whole")
-    windows = tokens.cut_windows(
-        tokens.encode(tokenizer, text), tokens.get_bos_prefix(tokenizer), windows=WINDOWS, window=TOKENS
-    )
+    ids, bos = tokens.encode(tokenizer, text), tokens.get_bos_prefix(tokenizer)
+    windows = cut_windows(ids, bos, Protocol(windows=WINDOWS, window=TOKENS))
     coordinates = [
         locate(checkpoint.config, checkpoint.shapes, layer=layer, row=row, col=col)
         for layer, row, col in SUPER_WEIGHTS.values()

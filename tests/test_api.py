@@ -239,7 +239,7 @@ def test_a_list_of_edits_needs_a_base():
             "method must be one of 'activations', 'weights', 'experts', not 'luck'",
         ),
         (lambda: swsurgery.scan("base", prompts="Say"), "prompts must be None or a list of strings, not 'Say'"),
-        (lambda: swsurgery.scan("base", window=None), "window must be an integer, not None"),
+        (lambda: swsurgery.scan("base", window="9"), "window must be an integer, not '9'"),
         (lambda: swsurgery.sweep("edits.json", "0,1"), "factors must be a list of numbers, not '0,1'"),
         (lambda: swsurgery.sweep("edits.json", [True]), "factors must be a number, not True"),
         (lambda: swsurgery.export("patched", "new", format="zip"), "format must be one of 'sparse', 'peft', 'vllm', "),

@@ -29,6 +29,7 @@ WALLS = {
     "typer": ("swsurgery.cli",),
     "tqdm": ("swsurgery.cli.progress_bar",),
     "matplotlib": ("swsurgery.scanning.figures",),
+    "datasets": ("swsurgery.model.text",),
     "gguf": ("swsurgery.checkpoint.layouts.gguf",),
 }
 

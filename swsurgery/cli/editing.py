@@ -26,8 +26,6 @@ from swsurgery.cli.options import (
     TextOption,
     VariantOption,
     WeightsOption,
-    WindowOption,
-    WindowsOption,
     command,
     read_text,
     split_tasks,
@@ -35,6 +33,16 @@ from swsurgery.cli.options import (
 )
 from swsurgery.cli.output import Output, print_text
 from swsurgery.cli.pages import refuse_page, write_page
+from swsurgery.cli.protocol_options import (
+    NAMES,
+    BosOption,
+    ProtocolOption,
+    ScoreFirstOption,
+    StrideOption,
+    WindowOption,
+    WindowsOption,
+    read_protocol,
+)
 from swsurgery.errors import CheckFailed, SwsurgeryError, escape_control
 
 
@@ -76,8 +84,12 @@ def apply(
     device: DeviceOption = "auto",
     placement: PlacementOption = "auto",
     text: TextOption = None,
-    windows: WindowsOption = 16,
-    window: WindowOption = 512,
+    protocol: ProtocolOption = "default",
+    windows: WindowsOption = None,
+    window: WindowOption = None,
+    stride: StrideOption = None,
+    bos: BosOption = None,
+    score_first: ScoreFirstOption = None,
     prompt: PromptOption = None,
     generate: GenerateOption = 0,
     max_perplexity_ratio: MaxRatio = None,
@@ -110,7 +122,7 @@ def apply(
     bounds = sanity.make_bounds(max_perplexity_ratio, min_perplexity_ratio)
     if check in ("off", "weights") and "generate" not in out.given:
         generate = 0  # a variable asks for it, but this check generates nothing
-    asked = not out.given.isdisjoint(("device", "placement", "text", "prompt", "windows", "window", "generate"))
+    asked = not out.given.isdisjoint(("device", "placement", "text", "prompt", "generate", "protocol", *NAMES))
     options = sanity.CheckOptions(
         check,
         device,
@@ -118,10 +130,9 @@ def apply(
         read_text(text),
         prompt or None,
         bounds,
-        windows,
-        window,
-        generate,
+        generate=generate,
         required=asked,
+        **read_protocol(out, protocol, windows, window, stride, bos, score_first),
     )
     try:
         applied = apply.apply(
@@ -173,8 +184,12 @@ def check(
     out: Output,
     checkpoint: CheckpointArgument,
     text: TextOption = None,
-    windows: WindowsOption = 16,
-    window: WindowOption = 512,
+    protocol: ProtocolOption = "default",
+    windows: WindowsOption = None,
+    window: WindowOption = None,
+    stride: StrideOption = None,
+    bos: BosOption = None,
+    score_first: ScoreFirstOption = None,
     prompt: PromptOption = None,
     max_perplexity_ratio: MaxRatio = None,
     min_perplexity_ratio: MinRatio = None,
@@ -209,8 +224,7 @@ def check(
         checkpoint,
         text=read_text(text),
         prompts=prompt or None,
-        windows=windows,
-        window=window,
+        **read_protocol(out, protocol, windows, window, stride, bos, score_first),
         max_perplexity_ratio=max_perplexity_ratio,
         min_perplexity_ratio=min_perplexity_ratio,
         weights=weights,

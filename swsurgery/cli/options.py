@@ -175,8 +175,6 @@ TasksDirOption = Annotated[
     Path | None, typer.Option(help="A directory with further task files for --tasks. A task file can run code.")
 ]
 LimitOption = Annotated[int | None, typer.Option(min=1, metavar="N", help="Run at most N items of each task.")]
-WindowsOption = Annotated[int, typer.Option(min=1, help="Maximum number of windows of text to measure on.")]
-WindowOption = Annotated[int, typer.Option(min=2, help="Tokens in each window; shorter windows are faster.")]
 
 
 def read_location(out: Output, name: str, given: L) -> L | str:

@@ -58,6 +58,12 @@ def print_measured(test: CausalTest[Any, Any]) -> None:
         f"measured  base perplexity {format_number(test.base_perplexity)} on "
         f"{describe_measured_text(test)}, {test.dtype} on {escape_control(test.device)}"
     )
+    print_protocol(test.protocol.describe(), test.text_sha256)
+
+
+def print_protocol(description: str, digest: str) -> None:
+    """Print the protocol by which a text was measured, and the digest of the text."""
+    print_text(f"protocol  {escape_control(description)}; text sha256 {escape_control(digest[:16])}")
 
 
 def describe_undecided(report: Scan, tested: bool) -> str:

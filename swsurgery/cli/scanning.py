@@ -23,14 +23,23 @@ from swsurgery.cli.options import (
     TextOption,
     VariantOption,
     WeightsOption,
-    WindowOption,
-    WindowsOption,
     read_text,
     split_tasks,
     table_command,
 )
 from swsurgery.cli.output import Output
 from swsurgery.cli.pages import refuse_page, write_page
+from swsurgery.cli.protocol_options import (
+    NAMES,
+    BosOption,
+    ProtocolOption,
+    ScoreFirstOption,
+    StrideOption,
+    WindowOption,
+    WindowsOption,
+    list_words,
+    read_protocol,
+)
 from swsurgery.errors import Interrupted, SwsurgeryError, report_done
 
 
@@ -59,10 +68,12 @@ def scan(
     text: Annotated[
         Path | None, typer.Option(help="A file with the text to confirm on, instead of the built-in passage.")
     ] = None,
-    windows: Annotated[
-        int, typer.Option(min=1, help="Maximum number of windows of text to confirm on; a verdict needs at least 8.")
-    ] = 16,
-    window: WindowOption = 512,
+    protocol: ProtocolOption = "default",
+    windows: WindowsOption = None,
+    window: WindowOption = None,
+    stride: StrideOption = None,
+    bos: BosOption = None,
+    score_first: ScoreFirstOption = None,
     device: DeviceOption = "auto",
     placement: PlacementOption = "auto",
 ) -> None:
@@ -80,6 +91,7 @@ def scan(
 
     _refuse_idle(out.given, method, confirm, manifest)
     refuse_page(page, checkpoint, manifest, text)
+    measured = read_protocol(out, protocol, windows, window, stride, bos, score_first)
     try:
         found = scan.scan(
             checkpoint,
@@ -91,12 +103,11 @@ def scan(
             factor=factor,
             plot=plot,
             register=register,
-            command=_scan_command(method, prompt, confirm, text, windows, window, weights, variant),
+            command=_scan_command(method, prompt, list_words(measured, text) if confirm else [], weights, variant),
             weights=weights,
             variant=variant,
             text=read_text(text),
-            windows=windows,
-            window=window,
+            **measured,
             device=device,
             placement=placement,
             reporter=out.make_reporter(),
@@ -124,8 +135,12 @@ def sweep(
     plot: PlotOption = None,
     page: PageOption = None,
     text: TextOption = None,
-    windows: WindowsOption = 16,
-    window: WindowOption = 512,
+    protocol: ProtocolOption = "default",
+    windows: WindowsOption = None,
+    window: WindowOption = None,
+    stride: StrideOption = None,
+    bos: BosOption = None,
+    score_first: ScoreFirstOption = None,
     device: DeviceOption = "auto",
     placement: PlacementOption = "auto",
 ) -> None:
@@ -140,8 +155,7 @@ def sweep(
         base,
         plot=plot,
         text=read_text(text),
-        windows=windows,
-        window=window,
+        **read_protocol(out, protocol, windows, window, stride, bos, score_first),
         device=device,
         placement=placement,
         reporter=out.make_reporter(),
@@ -160,8 +174,12 @@ def compare(
     plot: PlotOption = None,
     page: PageOption = None,
     text: TextOption = None,
-    windows: WindowsOption = 16,
-    window: WindowOption = 512,
+    protocol: ProtocolOption = "default",
+    windows: WindowsOption = None,
+    window: WindowOption = None,
+    stride: StrideOption = None,
+    bos: BosOption = None,
+    score_first: ScoreFirstOption = None,
     device: DeviceOption = "auto",
     placement: PlacementOption = "auto",
     activation_bits: ActivationBitsOption = None,
@@ -180,8 +198,7 @@ def compare(
         base,
         plot=plot,
         text=read_text(text),
-        windows=windows,
-        window=window,
+        **read_protocol(out, protocol, windows, window, stride, bos, score_first),
         device=device,
         placement=placement,
         activation_bits=activation_bits,
@@ -215,39 +232,28 @@ def _refuse_idle(given: Collection[str], method: str, confirm: bool, manifest: P
         ("device", runs or confirm, "--method activations or experts, or --confirm"),
         ("placement", runs or confirm, "--method activations or experts, or --confirm"),
         ("text", confirm, "--confirm"),
-        ("windows", confirm, "--confirm"),
-        ("window", confirm, "--confirm"),
+        *((name, confirm, "--confirm") for name in ("protocol", *NAMES)),
         ("op", manifest is not None, "--manifest"),
         ("factor", manifest is not None, "--manifest"),
     ):
         if option in given and not used:
-            raise SwsurgeryError(f"--{option} needs {beside}")
+            raise SwsurgeryError(f"--{option.replace('_', '-')} needs {beside}")
 
 
 def _scan_command(
-    method: str,
-    prompts: list[str] | None,
-    confirm: bool,
-    text: Path | None,
-    windows: int,
-    window: int,
-    weights: str | None,
-    variant: str | None,
+    method: str, prompts: list[str] | None, confirmed: list[str], weights: str | None, variant: str | None
 ) -> str:
-    """Return the command that repeats a scan.
+    """Return the command that repeats a scan. `confirmed` contains the options of its causal test, if there was one.
 
     The word CHECKPOINT stands for the path of the checkpoint. Options for the device are left out.
     """
     words = ["swsurgery", "scan", "CHECKPOINT", "--method", method]
     for prompt in prompts or ():
         words += ["--prompt", shlex.quote(prompt)]
-    if confirm:
-        words += ["--confirm", "--windows", str(windows)]
-        words += ["--window", str(window)] if window != 512 else []
+    if confirmed:
+        words += ["--confirm", *confirmed]
     if weights is not None:
         words += ["--weights", weights]
     if variant is not None:
         words += ["--variant", variant]
-    if text is not None:
-        words += ["--text", shlex.quote(text.name)]
     return " ".join(words)

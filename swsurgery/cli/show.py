@@ -157,8 +157,10 @@ def _list_measurements(document: Mapping[str, Any], sides: Sequence[str]) -> lis
     """Return the rows of the table of a check: a name, then one cell for each side of the report."""
     measured, mass = [document[side] for side in sides], document["stopword_mass"]
     peaks = [one["super_activation"] for one in measured]
+    words = [one.get("word_perplexity") for one in measured]
     return [
         ("perplexity", *(_format_figure(one["perplexity"]) for one in measured)),
+        *([] if None in words else [("word perplexity", *map(_format_figure, words))]),
         ("stop-word mass", *(_format_figure(mass[side]) for side in sides)),
         ("super activation", *(_format_figure(peak["value"]) if peak else "-" for peak in peaks)),
         ("  in layer, token, channel", *(_format_place(peak) if peak else "-" for peak in peaks)),
@@ -220,6 +222,8 @@ def _describe_measured(document: Mapping[str, Any]) -> None:
         f"\nmeasured on {text['scored_tokens']:,} tokens in {pluralise(text['windows'], 'window')}, "
         f"{document['dtype']} on {document['device']}"
     )
+    if protocol := text.get("protocol"):  # absent from the records of earlier versions
+        print_text(escape_control(f"protocol {protocol['description']}; text sha256 {text['sha256'][:16]}"))
 
 
 def show_difference(difference: Difference) -> None:

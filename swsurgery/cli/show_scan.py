@@ -19,6 +19,7 @@ from swsurgery.cli.scan_parts import (
     print_head,
     print_measured,
     print_notes,
+    print_protocol,
 )
 from swsurgery.cli.show_tasks import show_tasks
 from swsurgery.errors import escape_control, pluralise
@@ -160,14 +161,16 @@ def show_sweep(report: Sweep) -> None:
     points = sorted([*others, report.base], key=lambda point: point.factor)
     print_text("")
     known = any(point.ratio_low is not None for point in points)
+    words = any(point.word_perplexity is not None for point in points)
     print_table(
         (
-            *("factor", "perplexity", "ratio", "interval")[: 3 + known],
+            *("factor", "perplexity", *["word perplexity"][:words], "ratio", *["interval"][:known]),
             *("KL", "stop-word mass", "largest hidden state", ""),
         ),
         [
             (
-                *(format_cell(p.factor), format_cell(p.perplexity), format_ratio(p.ratio)),
+                *(format_cell(p.factor), format_cell(p.perplexity), *[format_cell(p.word_perplexity)][:words]),
+                format_ratio(p.ratio),
                 *[_format_ends(p.ratio_low, p.ratio_high, format_ratio)][:known],
                 *(format_cell(p.kl), format_cell(p.stopword_mass), format_cell(p.peak)),
                 " ".join((["base"] if p is report.base else []) + ([] if p.finite else ["NOT FINITE"])),
@@ -180,24 +183,27 @@ def show_sweep(report: Sweep) -> None:
         print_text("intervals are at 95%")
     where = f"{report.dtype} on {escape_control(report.device)}, {escape_control(report.method)}"
     print_text(f"measured on {describe_measured_text(report)}, {where}")
+    print_protocol(report.protocol.describe(), report.text_sha256)
 
 
 def show_comparison(report: Comparison) -> None:
     """Print one row for the base and for each manifest, then the text and the device used."""
     print_text(f"base      {escape_control(report.base)}")
     print_text("")
+    words = any(model.word_perplexity is not None for model in report.models)
     rounded = any(model.activations != "as computed" for model in report.models)
     print_table(
         (
             *("manifest", "activations")[: 1 + rounded],
-            *("scalars", "bytes", "norm", "relative", "perplexity", "ratio", "interval", "KL", "interval"),
+            *("scalars", "bytes", "norm", "relative", "perplexity", *["word perplexity"][:words]),
+            *("ratio", "interval", "KL", "interval"),
             *("stop-word mass", ""),
         ),
         [
             (
                 *("base" if m.manifest is None else m.manifest, m.activations)[: 1 + rounded],
                 *(m.changed_scalars, m.changed_bytes, format_cell(m.norm), format_cell(m.relative_norm)),
-                *(format_cell(m.perplexity), format_ratio(m.ratio)),
+                *(format_cell(m.perplexity), *[format_cell(m.word_perplexity)][:words], format_ratio(m.ratio)),
                 _format_ends(m.ratio_low, m.ratio_high, format_ratio),
                 format_cell(m.kl),
                 _format_ends(m.kl_low, m.kl_high, format_number),
@@ -213,6 +219,7 @@ def show_comparison(report: Comparison) -> None:
     print_text(f"KL(base || model) is in nats per token; {intervals}")
     where = f"{report.dtype} on {escape_control(report.device)}, {escape_control(report.method)}"
     print_text(f"measured on {describe_measured_text(report)}, {where}")
+    print_protocol(report.protocol.describe(), report.text_sha256)
     show_tasks(None if report.tasks is None else report.tasks.to_json())
 
 

@@ -24,6 +24,7 @@ from swsurgery.errors import CheckFailed, ModelError, PlanError, SwsurgeryError,
 from swsurgery.hub import Uri, download_checkpoint, open_location, parse_location
 from swsurgery.model import Placement
 from swsurgery.model.check import run_checks
+from swsurgery.model.protocol import BosChoice, Protocol, ProtocolName, choose_protocol
 from swsurgery.model.report import CheckedBounds, CheckReport
 from swsurgery.model.run_arguments import refuse_bad_prompts, refuse_device, refuse_empty_text
 from swsurgery.model.tasks.load import load_tasks
@@ -52,7 +53,8 @@ class CheckOptions:
     """Options of the sanity check.
 
     `text` is the text to run, or None for the built-in passage. `bounds` take precedence over the manifest's bounds; a
-    bound that is None is taken from the manifest. `windows` is the number of windows of text, each of `window` tokens.
+    bound that is None is taken from the manifest. `protocol` says how the text is cut and scored, and `windows`,
+    `window`, `stride`, `bos` and `score_first` change it (`model/protocol.py`); None keeps the protocol's value.
     `generate` is the number of tokens by which both models continue each prompt.
     `required` says whether a check that cannot be made is an error; None: it is one if any other option was set.
     """
@@ -63,10 +65,14 @@ class CheckOptions:
     text: str | None = None
     prompts: Sequence[str] | None = None
     bounds: CheckedBounds | None = None
-    windows: int = 16
-    window: int = 512
+    windows: int | None = None
+    window: int | None = None
     generate: int = 0
     required: bool | None = None
+    protocol: ProtocolName = "default"
+    stride: int | None = None
+    bos: BosChoice | None = None
+    score_first: bool | None = None
 
     def __post_init__(self) -> None:
         """Raise TypeError for a field of the wrong type.
@@ -80,13 +86,26 @@ class CheckOptions:
         require_type("text", self.text, str, optional=True)
         require_strings("prompts", self.prompts)
         require_type("bounds", self.bounds, CheckedBounds, optional=True)
-        for name in ("windows", "window", "generate"):
-            object.__setattr__(self, name, require_integer(name, getattr(self, name)))
+        for name in ("windows", "window", "stride", "generate"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, require_integer(name, getattr(self, name)))
         if self.generate < 0:
             raise SwsurgeryError("the number of tokens to generate must not be negative", self.generate)
         refuse_device(self.device)
         refuse_empty_text(self.text)
         refuse_bad_prompts(self.prompts)
+        self.choose_protocol()
+
+    def choose_protocol(self) -> Protocol:
+        """Return the protocol with the options that change it. Raises ModelError for an option that contradicts it."""
+        return choose_protocol(
+            self.protocol,
+            windows=self.windows,
+            window=self.window,
+            stride=self.stride,
+            bos=self.bos,
+            score_first=self.score_first,
+        )
 
     @classmethod
     def of(cls, check: CheckOptions | Check | None) -> CheckOptions:
@@ -113,8 +132,12 @@ def check(
     *,
     text: str | None = None,
     prompts: Sequence[str] | None = None,
-    windows: int = 16,
-    window: int = 512,
+    protocol: ProtocolName = "default",
+    windows: int | None = None,
+    window: int | None = None,
+    stride: int | None = None,
+    bos: BosChoice | None = None,
+    score_first: bool | None = None,
     max_perplexity_ratio: float | None = None,
     min_perplexity_ratio: float | None = None,
     weights: Weights | None = None,
@@ -132,14 +155,20 @@ def check(
 ) -> CheckReport:
     """Run a checkpoint and compare it with `base` or, if it has a record, with the base of the record.
 
-    `checkpoint` is a directory or `hf://ORG/NAME[@REV][/sub]`, which is downloaded. The perplexity is measured on at
-    most `windows` windows of `window` tokens of `text`, by default the built-in passage, and each of `prompts` is
-    continued by one token. With `generate`, both models also continue each prompt by at most so many tokens, always by
-    the most likely one. `max_perplexity_ratio` and `min_perplexity_ratio` are limits on patched / base perplexity.
-    Without a record and without `base` there is nothing to compare with: the report has `compared` False, and limits
-    raise PlanError. `weights` and `variant` choose between several sets of weights if no record does. `device` is
-    "auto", "cpu" or "cuda"; `placement` is "whole" (all weights in memory), "streamed" (two layers at a time) or
-    "auto".
+    `checkpoint` is a directory or `hf://ORG/NAME[@REV][/sub]`, which is downloaded. The perplexity is measured on
+    `text`, by default the built-in passage, and each of `prompts` is continued by one token. With `generate`, both
+    models also continue each prompt by at most so many tokens, always by the most likely one.
+
+    `protocol` says how the text is cut and scored: "default" (16 windows of 512 tokens), "paper" (that of
+    arXiv:2411.07191) or "lm-eval" (every token of every document, with perplexity per word). For "paper", `text` is the
+    raw test file of WikiText-2; None loads it with the package `datasets`. At most `windows` windows of `window` tokens
+    begin `stride` tokens apart, and tokens in two of them are scored once. `bos` is "auto", "yes" or "no". With
+    `score_first` False, the first token of a window is not scored even after BOS. None keeps the protocol's value.
+
+    `max_perplexity_ratio` and `min_perplexity_ratio` are limits on patched / base perplexity. Without a record and
+    without `base` there is nothing to compare with: the report has `compared` False, and limits raise PlanError.
+    `weights` and `variant` choose between several sets of weights if no record does. `device` is "auto", "cpu" or
+    "cuda"; `placement` is "whole" (all weights in memory), "streamed" (two layers at a time) or "auto".
 
     `base` is a directory or hf:// address of any checkpoint of the same architecture and sizes. It is needed if the
     record has no old bytes of a changed region, because they exceeded the limit of the undo file. If names or dtypes of
@@ -158,7 +187,21 @@ def check(
     reporter = require_reporter(reporter)
     bounds = make_bounds(max_perplexity_ratio, min_perplexity_ratio)
     roundings = list_roundings(activation_bits, activation_per)
-    options = CheckOptions("forward", device, placement, text, prompts, bounds, windows, window, generate)
+    options = CheckOptions(
+        "forward",
+        device,
+        placement,
+        text,
+        prompts,
+        bounds,
+        windows,
+        window,
+        generate,
+        protocol=protocol,
+        stride=stride,
+        bos=bos,
+        score_first=score_first,
+    )
     asked = TaskOptions.of(tasks, tasks_dir, limit)
     require_choice("weights", weights, get_args(Weights), optional=True)
     require_type("variant", variant, str, optional=True)
@@ -198,8 +241,7 @@ def check(
                 bounds=options.bounds,
                 device=options.device,
                 placement=options.placement,
-                windows=options.windows,
-                window=options.window,
+                protocol=options.choose_protocol(),
                 progress=reporter,
                 say=reporter.say,
             )
@@ -333,8 +375,7 @@ def _check_forward(
         bounds=bounds,
         device=options.device,
         placement=options.placement,
-        windows=options.windows,
-        window=options.window,
+        protocol=options.choose_protocol(),
         generate=options.generate,
         progress=progress,
         say=say,

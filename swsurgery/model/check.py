@@ -6,7 +6,6 @@ one set of weights. Importing this module does not load torch, which takes secon
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +14,12 @@ from typing import TYPE_CHECKING
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.errors import ModelError
 from swsurgery.model import Placement, ScalarChange, tokens
+from swsurgery.model.cutting import TokenizedText, cut_text
+from swsurgery.model.protocol import DEFAULT_PROTOCOL, Protocol
 from swsurgery.model.report import CheckedBounds, CheckReport, Continuations, Generation, RoundedSide
 from swsurgery.model.start_up import start_up_and_tokenize
 from swsurgery.model.tasks.load import LoadedTasks
+from swsurgery.model.text import choose_text
 from swsurgery.model.tokenizer import Tokenizer
 from swsurgery.model.variant import Rounding, Scalars, Variant, describe_rounding
 from swsurgery.progress import Progress, Silent
@@ -38,11 +40,6 @@ PROMPTS = (
 arXiv:2411.07191."""
 
 
-def read_built_in_text() -> str:
-    """Read the default text of the check: about 8,000 words of English in several kinds of prose."""
-    return Path(__file__).with_name("passage.txt").read_text(encoding="utf-8")
-
-
 def run_checks(
     checkpoint: Checkpoint,
     changes: Sequence[ScalarChange],
@@ -52,8 +49,7 @@ def run_checks(
     prompts: Sequence[str] | None = None,
     bounds: CheckedBounds | None = None,
     device: str = "auto",
-    windows: int = 16,
-    window: int = 512,
+    protocol: Protocol = DEFAULT_PROTOCOL,
     placement: Placement = "auto",
     roundings: Sequence[Rounding] = (),
     generate: int = 0,
@@ -66,11 +62,11 @@ def run_checks(
     `base` contains further tensors that differ, or is another checkpoint of the same architecture. The tokenizer is
     that of the patched checkpoint.
 
-    Both models run on the first `windows` non-overlapping windows of `text`, of `window` tokens each. The default text
-    is the built-in passage. A shorter text has fewer windows, and a text shorter than one window is a single shorter
-    window. Each window is a separate input, and begins with BOS if the tokenizer adds one. A window is never longer
-    than the context length of the config. A position is scored if the next token is in the same window, so BOS is
-    scored and the last token of a window is not.
+    Both models run on windows of `text`, which `protocol` cuts and scores; the default text is the built-in passage. A
+    shorter text has fewer windows, and a text shorter than one window is a single shorter window. Each window is a
+    separate input, and is never longer than the context length of the config. By the default protocol, windows do not
+    overlap and begin with BOS if the tokenizer adds one. A position is then scored if the next token is in the same
+    window, so BOS is scored and the last token of a window is not. Prompts begin with BOS as windows do.
 
     Each model has three figures: the perplexity (exp of the mean negative log-likelihood over the scored positions),
     the mean probability of all stop words together at these positions, and the largest hidden state after any decoder
@@ -92,11 +88,11 @@ def run_checks(
     or the tokenizer cannot be loaded, or if a changed scalar is not in the loaded model. A failed check raises nothing:
     its reasons are in `CheckReport.failures`.
     """
-    text = read_built_in_text() if text is None else text
+    text = choose_text(text, protocol)
     prompts = PROMPTS if prompts is None else prompts
     _compare(checkpoint, changes)
     words = start_up_and_tokenize(
-        checkpoint, device, progress or Silent(), lambda: _tokenize(checkpoint.directory, text, prompts)
+        checkpoint, device, progress or Silent(), lambda: _tokenize(checkpoint.directory, text, prompts, protocol)
     )
     import torch
     import transformers
@@ -110,14 +106,14 @@ def run_checks(
         paired, sides = pair.patched, 2 if pair.has_base else 1
         vocabulary = measure.get_vocabulary_size(paired.model)
         context = load.get_context_length(paired.model)
-        longest = min(window, context - len(words.bos))
-        pieces = tokens.cut_windows(words.text, words.bos, windows, longest)
+        cut = cut_text(words.text, context)
+        pieces = cut.windows
         beginnings = words.prompts
         _refuse_lengths(prompts, beginnings, context)
-        measure.refuse_unknown_tokens(paired.model, pieces + beginnings)
+        measure.refuse_unknown_tokens(paired.model, [*pieces, *beginnings])
 
         count = sides * (1 + len(roundings))
-        totals = measure.Totals([token for token in words.stop_words if token < vocabulary], count)
+        totals = measure.Totals([token for token in words.stop_words if token < vocabulary], count, words=cut.words)
         continuations = []
         with load.convert_run_errors(paired.device, paired.weights is not None):
             for outcomes in pair.run([*pieces, *beginnings], roundings, progress):
@@ -142,9 +138,11 @@ def run_checks(
             kl=totals.compute_mean_kl(last),
             prompts=tuple(continuations),
             windows=len(pieces),
-            window_tokens=max(map(len, pieces)) - len(words.bos),
+            window_tokens=cut.window_tokens,
             scored_tokens=totals.scored,
-            text_sha256=hashlib.sha256(text.encode()).hexdigest(),
+            text_sha256=cut.sha256,
+            protocol=cut.protocol,
+            words=cut.words,
             method=pair.method,
             device=load.get_device_name(paired.device),
             dtype=str(paired.dtype).removeprefix("torch."),
@@ -199,19 +197,18 @@ class _Tokenized:
     """The token ids of a text and of prompts, and those of all stop words."""
 
     tokenizer: Tokenizer
-    bos: list[int]
-    text: list[int]
+    text: TokenizedText
     prompts: list[list[int]]
     stop_words: list[int]
 
 
-def _tokenize(directory: Path, text: str, prompts: Sequence[str]) -> _Tokenized:
+def _tokenize(directory: Path, text: str, prompts: Sequence[str], protocol: Protocol) -> _Tokenized:
     """Load the tokenizer in `directory` and run it. Raises ModelError."""
     tokenizer = Tokenizer(directory)
-    bos = tokens.get_bos_prefix(tokenizer)
+    bos = tokens.choose_bos(tokenizer, "auto" if protocol.name == "lm-eval" else protocol.bos)
     beginnings = [bos + tokens.encode(tokenizer, prompt) for prompt in prompts]
     stop_words = tokens.stop_word_tokens(tokenizer, len(tokenizer))
-    return _Tokenized(tokenizer, bos, tokens.encode(tokenizer, text), beginnings, stop_words)
+    return _Tokenized(tokenizer, tokens.tokenize_text(tokenizer, text, protocol), beginnings, stop_words)
 
 
 def _refuse_lengths(prompts: Sequence[str], sequences: Sequence[Sequence[int]], context: int) -> None:

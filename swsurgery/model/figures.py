@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from swsurgery.model.cutting import Window
 from swsurgery.model.outcomes import Logits
 
 
@@ -40,10 +41,10 @@ class WindowFigures:
     With `only_losses`, the stop-word mass and `list_finite` are left out.
     """
 
-    def __init__(self, ids: Sequence[int], variants: int, stop_tokens: Sequence[int], only_losses: bool = False):
-        self._ids, self._variants, self._only_losses = ids, variants, only_losses
+    def __init__(self, window: Window, variants: int, stop_tokens: Sequence[int], only_losses: bool = False):
+        self._window, self._variants, self._only_losses = window, variants, only_losses
         self._stop_tokens = stop_tokens
-        self._scored = len(ids) - 1
+        self._first, self._scored = window.first, len(window.targets)
         self._filled = False
 
     def read(self, logits: Logits) -> None:
@@ -68,10 +69,10 @@ class WindowFigures:
 
     def _allocate(self, device: torch.device) -> None:
         shape = self._variants, self._scored
-        self._targets = torch.tensor(self._ids[1:], device=device)
+        self._targets = torch.tensor(self._window.targets, device=device)
         self._stop = torch.tensor(self._stop_tokens, device=device, dtype=torch.long)
         self._nll, self._kl, self._stop_mass = (torch.zeros(shape, device=device) for _ in range(3))
-        self._finite = torch.ones(self._variants, len(self._ids), dtype=torch.bool, device=device)
+        self._finite = torch.ones(self._variants, len(self._window), dtype=torch.bool, device=device)
         self._filled = True
 
     def _list_parts(self, logits: Logits) -> Iterator[tuple[list[int], slice, Tensor]]:
@@ -79,24 +80,26 @@ class WindowFigures:
 
         Each block of the base comes before the same block of other variants.
         """
-        tokens = self._scored if self._only_losses else len(self._ids)
+        # Whether the logits are finite is asked for every token, the other figures for the scored ones.
+        end = self._first + self._scored
+        tokens = range(self._first, end) if self._only_losses else range(len(self._window))
         if not logits.is_divisible:
             yield from self._list_whole_parts(logits, tokens)
             return
         limits = LIMITS[logits.device.type]
         size = max(1, limits.base // logits.vocabulary)
-        for begin in range(0, tokens, size):
-            block = slice(begin, min(tokens, begin + size))
+        for begin in tokens[::size]:
+            block = slice(begin, min(tokens.stop, begin + size))
             yield [0], block, logits.read([0], block)
             at_once = max(1, limits.read // (logits.vocabulary * (block.stop - block.start)))
             for number in range(1, self._variants, at_once):
                 numbers = list(range(number, min(self._variants, number + at_once)))
                 yield numbers, block, logits.read(numbers, block)
 
-    def _list_whole_parts(self, logits: Logits, tokens: int) -> Iterator[tuple[list[int], slice, Tensor]]:
+    def _list_whole_parts(self, logits: Logits, tokens: range) -> Iterator[tuple[list[int], slice, Tensor]]:
         base = logits[0]
         size = max(1, LIMITS[base.device.type].base // base.shape[-1])
-        blocks = [slice(begin, min(tokens, begin + size)) for begin in range(0, tokens, size)]
+        blocks = [slice(begin, min(tokens.stop, begin + size)) for begin in tokens[::size]]
         for number in range(min(1, self._variants - 1), self._variants):
             whole = logits[number] if number else base
             for block in blocks:
@@ -106,10 +109,13 @@ class WindowFigures:
 
     def _add_block(self, numbers: list[int], tokens: slice, logits: Tensor) -> None:
         """Add the logits (variants, tokens, vocabulary) of the variants `numbers` and a block of tokens."""
-        scored = slice(tokens.start, min(tokens.stop, self._scored))
         if not self._only_losses:
             self._finite[numbers[0] : numbers[-1] + 1, tokens] = find_finite_rows(logits)
-        logits = logits[:, : scored.stop - scored.start]
+        begin, end = max(tokens.start, self._first), min(tokens.stop, self._first + self._scored)
+        if end <= begin:
+            return
+        logits = logits[:, begin - tokens.start : end - tokens.start]
+        scored = slice(begin - self._first, end - self._first)
         if numbers == [0]:
             self._reference = logits[0].float().log_softmax(-1)
             self._chances = self._reference.exp()

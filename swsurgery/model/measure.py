@@ -9,10 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from swsurgery.errors import ModelError
+from swsurgery.model.cutting import Window
 from swsurgery.model.figures import WindowFigures, find_finite_rows
 from swsurgery.model.intervals import Interval, compute_mean_interval
 from swsurgery.model.outcomes import Outcomes, Peak, compute_magnitude
@@ -47,9 +49,15 @@ class Totals:
     The argument `number` of a method is the number of a variant; number 0 is the base.
     """
 
-    def __init__(self, stop_tokens: Sequence[int], variants: int = 2, only_losses: bool = False):
-        """With `only_losses`, only the negative log-likelihoods and KL are computed; the other figures stay empty."""
-        self.stop_tokens, self.only_losses = list(stop_tokens), only_losses
+    def __init__(
+        self, stop_tokens: Sequence[int], variants: int = 2, only_losses: bool = False, words: int | None = None
+    ):
+        """With `only_losses`, only the negative log-likelihoods and KL are computed; the other figures stay empty.
+
+        `words` is the number of words of the text, for the perplexity per word; None: it is not computed.
+        """
+        self.stop_tokens, self.only_losses, self.words = list(stop_tokens), only_losses, words
+        self._span: int | None = None
         self.scored = 0
         self.windows = 0
         self.kl = [0.0] * variants
@@ -59,28 +67,43 @@ class Totals:
         self.by_layer: list[dict[int, float]] = [{} for _ in range(variants)]
         """The hidden state of largest magnitude after each layer, by variant and number of the layer."""
         self.window_kl: list[list[float]] = [[] for _ in range(variants)]
-        """The mean KL(base || variant) of the scored tokens of each variant and window, in nats per token."""
+        """The mean KL(base || variant) of the scored tokens of each variant and span, in nats per token."""
         self.token_nll: list[list[Tensor]] = [[] for _ in range(variants)]
-        """The negative log-likelihoods of the scored tokens, a tensor per variant and window (float64, on the CPU)."""
+        """The negative log-likelihoods of the scored tokens, a tensor per variant and span (float64, on the CPU).
+
+        A span is a window, or several windows that overlap (`cutting.Window`).
+        """
 
     def add_window(self, ids: Sequence[int], outcomes: Outcomes) -> None:
-        """Add the outcomes of one window with the token ids `ids`.
+        """Add the outcomes of one window with the token ids `ids`. Windows of one span must follow one another.
 
-        Each position except the last is scored: its logits predict the next token.
+        Each position except the last is scored unless `ids` is a Window that says otherwise.
         """
-        figures = WindowFigures(ids, len(self.kl), self.stop_tokens, self.only_losses)
+        window = Window.of(ids)
+        figures = WindowFigures(window, len(self.kl), self.stop_tokens, self.only_losses)
         figures.read(outcomes.logits)
         nll, kl, stop_mass = figures.sum_up()
-        scored = len(ids) - 1
+        joins = window.span is not None and window.span == self._span
+        self._span = window.span
         for number in range(len(self.kl)):
-            self.token_nll[number].append(nll[number])
             self.kl[number] += kl[number]
-            self.window_kl[number].append(kl[number] / scored)
+            self._add_to_span(number, nll[number], kl[number], joins)
             self.stop_mass[number] += stop_mass[number]
-        self.scored += scored
+        self.scored += len(window.targets)
         if not self.only_losses:
             self._add_extremes(outcomes, figures)
         self.windows += 1
+
+    def _add_to_span(self, number: int, nll: Tensor, kl: float, joins: bool) -> None:
+        """Add the losses and the sum of KL of a window to the last span if `joins` is True, else to a new span."""
+        losses, means = self.token_nll[number], self.window_kl[number]
+        if not joins:
+            losses.append(nll)
+            means.append(kl / len(nll))
+            return
+        before = len(losses[-1])
+        losses[-1] = torch.cat([losses[-1], nll])
+        means[-1] = (means[-1] * before + kl) / len(losses[-1])
 
     def _add_extremes(self, outcomes: Outcomes, figures: WindowFigures) -> None:
         """Add whether the logits of a window are finite, and its largest hidden states."""
@@ -137,6 +160,7 @@ class Totals:
             finite=self.finite[number],
             super_activation=self.peaks[number],
             largest_by_layer=tuple(value for _, value in sorted(self.by_layer[number].items())),
+            word_perplexity=compute_exp(self.compute_nll(number) / self.words) if self.words else None,
         )
 
 

@@ -10,6 +10,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from swsurgery.model.protocol import DEFAULT_PROTOCOL, Protocol
 from swsurgery.model.tasks.report import TaskReport
 from swsurgery.storage.numbers import round_number
 from swsurgery.storage.result import Result
@@ -51,6 +52,7 @@ class Side:
     `stopword_mass` is the mean probability of all stop words together. `finite` is True if every logit of the text and
     the prompts was finite. `super_activation` is None if the model has no list of decoder layers. `largest_by_layer`
     contains the hidden state of largest magnitude after each layer, with its sign, over the whole text.
+    `word_perplexity` is exp of the negative log-likelihood per word; None if the protocol does not count words.
     """
 
     perplexity: float
@@ -58,6 +60,7 @@ class Side:
     finite: bool
     super_activation: SuperActivation | None
     largest_by_layer: tuple[float, ...] = ()
+    word_perplexity: float | None = None
 
 
 @dataclass(frozen=True)
@@ -105,12 +108,13 @@ class RoundedSide:
 class CheckReport(Result):
     """The figures of the forward check, how they were measured, and the verdict.
 
-    `kl` is the mean KL(base || patched) per scored token in nats. `ratio_low` and `ratio_high` are the ends of the
-    95% interval of `perplexity_ratio`, or None if the text has fewer than eight windows. The text had `windows`
-    windows of at most `window_tokens` tokens, in which `scored_tokens` predictions were scored. If there was no
-    base to compare with, `compared` is False and `base` equals `patched`. `method` is "layer by layer" (both models
-    side by side), "streamed" (side by side with two layers at a time in memory) or "whole passes" (one model after
-    the other). The report contains no date and no duration, so the same inputs give the same report.
+    `kl` is the mean KL(base || patched) per scored token in nats. `ratio_low` and `ratio_high` are the ends of the 95%
+    interval of `perplexity_ratio`, or None if the text has fewer than eight windows. The text had `windows` windows of
+    at most `window_tokens` tokens, in which `scored_tokens` predictions were scored by `protocol`, and `words` words if
+    the protocol counts them. If there was no base to compare with, `compared` is False and `base` equals `patched`.
+    `method` is "layer by layer" (both models side by side), "streamed" (side by side with two layers at a time in
+    memory) or "whole passes" (one model after the other). The report contains no date and no duration, so the same
+    inputs give the same report.
     """
 
     base: Side
@@ -134,6 +138,8 @@ class CheckReport(Result):
     ratio_high: float | None = None
     generations: tuple[Generation, ...] = ()
     tasks: TaskReport | None = None
+    protocol: Protocol = DEFAULT_PROTOCOL
+    words: int | None = None
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -211,6 +217,8 @@ class CheckReport(Result):
                 "windows": self.windows,
                 "window_tokens": self.window_tokens,
                 "scored_tokens": self.scored_tokens,
+                "protocol": self.protocol.to_json(),
+                **({"words": self.words} if self.words else {}),
             },
             "bounds": {
                 name: bound if bound is not None and math.isfinite(bound) else None
@@ -250,6 +258,7 @@ def _encode_side(side: Side) -> dict[str, Any]:
     peak = side.super_activation
     return {
         "perplexity": _encode_number(side.perplexity),
+        **({} if side.word_perplexity is None else {"word_perplexity": _encode_number(side.word_perplexity)}),
         "finite": side.finite,
         "super_activation": peak
         and {

@@ -1,10 +1,12 @@
-"""Turn text into token ids, and cut them into windows. This module imports neither torch nor transformers."""
+"""Turn text into token ids. This module imports neither torch nor transformers."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
 
 from swsurgery.errors import ModelError
+from swsurgery.model.cutting import TokenizedText, count_words, split_documents
+from swsurgery.model.protocol import BosChoice, Protocol
 from swsurgery.model.stopwords import STOP_WORDS
 from swsurgery.model.tokenizer import Tokenizer
 
@@ -21,6 +23,48 @@ def get_bos_prefix(tokenizer: Tokenizer) -> list[int]:
     return [bos] if bos is not None and full[:1] == [bos] != plain[:1] else []
 
 
+def choose_bos(tokenizer: Tokenizer, choice: BosChoice) -> list[int]:
+    """Return the tokens that are put in front of a text: the BOS token's id, or none.
+
+    Raises ModelError if BOS is asked for and the tokenizer has no BOS token.
+    """
+    if choice == "auto":
+        return get_bos_prefix(tokenizer)
+    if choice == "no":
+        return []
+    if tokenizer.bos_token_id is None:
+        raise ModelError("the tokenizer has no BOS token", "--bos yes", "leave out --bos")
+    return [tokenizer.bos_token_id]
+
+
+def get_document_prefix(tokenizer: Tokenizer) -> int:
+    """Return the token id from which lm-evaluation-harness predicts a document's first token: BOS, or else EOS.
+
+    Raises ModelError if the tokenizer has neither.
+    """
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return token
+    raise ModelError("the tokenizer has neither BOS nor EOS", "protocol lm-eval", "choose another protocol")
+
+
+def tokenize_text(tokenizer: Tokenizer, text: str, protocol: Protocol) -> TokenizedText:
+    """Return the token ids of a text, in the form that a protocol needs.
+
+    Raises ModelError if the text is not valid Unicode, or if the tokenizer lacks a token that the protocol needs.
+    """
+    whole = protocol.name == "lm-eval"
+    documents = split_documents(text) if whole else [text]
+    ids = [encode(tokenizer, document) for document in documents]
+    return TokenizedText(
+        documents=ids,
+        prefix=[get_document_prefix(tokenizer)] if whole else choose_bos(tokenizer, protocol.bos),
+        sha256=hashlib.sha256(text.encode()).hexdigest(),
+        protocol=protocol,
+        words=sum(map(count_words, documents)) if whole else None,
+    )
+
+
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:
     """Return the token ids of `text` without special tokens. Raises ModelError if UTF-8 cannot encode the text."""
     try:
@@ -28,24 +72,6 @@ def encode(tokenizer: Tokenizer, text: str) -> list[int]:
     except UnicodeEncodeError:
         raise ModelError("the text is not valid Unicode", ascii(text)[:80]) from None
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def cut_windows(ids: Sequence[int], bos: Sequence[int], windows: int, window: int) -> list[list[int]]:
-    """Cut the first `windows` non-overlapping windows of `window` tokens from `ids`, and put `bos` in front of each.
-
-    An incomplete window is left out unless it is the only one. Raises ModelError if no window is asked for, or if the
-    text or a window has fewer than two tokens, because then no token could be predicted.
-    """
-    if windows < 1 or window < 2:
-        raise ModelError(
-            "the windows are too few or too short",
-            f"{windows} windows of {window} tokens",
-            "use at least 1 window, and at least 2 tokens in each",
-        )
-    if len(ids) < 2:
-        raise ModelError("the text is too short", f"{len(ids)} of the 2 tokens that are needed", "give a longer text")
-    starts = range(0, max(1, len(ids) - window + 1), window)[:windows]
-    return [[*bos, *ids[start : start + window]] for start in starts]
 
 
 def stop_word_tokens(tokenizer: Tokenizer, vocabulary: int) -> list[int]:

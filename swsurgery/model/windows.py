@@ -7,7 +7,10 @@ from collections.abc import Sequence
 from transformers import PreTrainedModel
 
 from swsurgery.model import load, measure, tokens
+from swsurgery.model.cutting import CutText, cut_text
 from swsurgery.model.forward import LayeredModel
+from swsurgery.model.protocol import Protocol
+from swsurgery.model.text import choose_text
 from swsurgery.model.tokenizer import Tokenizer
 
 STATES = 2 << 30
@@ -16,19 +19,15 @@ variants of 16 windows of 512 tokens. Further variants take another pass. A pass
 than to read, so a larger one would save little time."""
 
 
-def cut_text_windows(
-    model: PreTrainedModel, tokenizer: Tokenizer, text: str, windows: int, window: int
-) -> tuple[list[list[int]], int]:
-    """Cut the first `windows` windows of `text`, as token ids, and return them with the number of text tokens in each.
+def cut_text_windows(model: PreTrainedModel, tokenizer: Tokenizer, text: str | None, protocol: Protocol) -> CutText:
+    """Cut a text into windows by a protocol; None stands for the protocol's own text.
 
-    This number, which excludes BOS, is `window`, or less if the model's context or the text is shorter. Raises
-    ModelError if no window can be cut, or if a token id is not in the model's vocabulary.
+    Raises ModelError if no window can be cut, or if a token id is not in the model's vocabulary.
     """
-    bos = tokens.get_bos_prefix(tokenizer)
-    longest = min(window, load.get_context_length(model) - len(bos))
-    pieces = tokens.cut_windows(tokens.encode(tokenizer, text), bos, windows, longest)
-    measure.refuse_unknown_tokens(model, pieces)
-    return pieces, max(map(len, pieces)) - len(bos)
+    tokenized = tokens.tokenize_text(tokenizer, choose_text(text, protocol), protocol)
+    found = cut_text(tokenized, load.get_context_length(model))
+    measure.refuse_unknown_tokens(model, found.windows)
+    return found
 
 
 def count_variants_at_once(model: LayeredModel, windows: Sequence[Sequence[int]]) -> int:

@@ -9,8 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
-from typing import Any, Generic, Literal, Protocol, TypeVar, get_args
+from dataclasses import dataclass, field
+from typing import Any, Generic, Literal, TypeVar, get_args
+from typing import Protocol as Interface
+
+from swsurgery.model.protocol import DEFAULT_PROTOCOL, Protocol
 
 Verdict = Literal["needed alone", "needed jointly", "inert", "untested"]
 VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
@@ -36,7 +39,7 @@ class Effect:
         return {key: convert_to_plain(value) for key, value in vars(self).items()}
 
 
-class Tested(Protocol):
+class Tested(Interface):
     """A candidate of a scan: a scalar or an expert."""
 
     @property
@@ -70,7 +73,7 @@ class UnitTrial(Generic[TestedT]):
         }
 
 
-class UnitSet(Protocol):
+class UnitSet(Interface):
     """Scalars or experts that matter together."""
 
     @property
@@ -92,7 +95,7 @@ class CausalTest(Generic[TrialT, SetT]):
 
     `together` is the effect of zeroing all candidates. `null` contains one perplexity ratio for each random scalar or
     expert, zeroed alone. `base_perplexity` is the perplexity before zeroing. The text had `windows` windows of
-    `window_tokens` tokens, in which `scored_tokens` predictions were scored.
+    `window_tokens` tokens, in which `scored_tokens` predictions were scored by `protocol`.
     """
 
     trials: tuple[TrialT, ...]
@@ -106,6 +109,7 @@ class CausalTest(Generic[TrialT, SetT]):
     dtype: str
     device: str
     scored_tokens: int
+    protocol: Protocol = field(default=DEFAULT_PROTOCOL, kw_only=True)
 
     @property
     def has_verdicts(self) -> bool:
@@ -119,6 +123,7 @@ class CausalTest(Generic[TrialT, SetT]):
             "null_ratios": convert_to_plain(self.null),
             **self.list_further_nulls(),
             **{key: convert_to_plain(getattr(self, key)) for key in keys},
+            "protocol": self.protocol.to_json(),
         }
 
     def list_further_nulls(self) -> dict[str, Any]:

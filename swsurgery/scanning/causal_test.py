@@ -7,7 +7,6 @@ of both tests, the bar that random parts set, and the search for joint sets. It 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypedDict, TypeVar
@@ -15,9 +14,11 @@ from typing import Any, NamedTuple, TypedDict, TypeVar
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.errors import ModelError
 from swsurgery.model import Placement, load, tokens
-from swsurgery.model.check import read_built_in_text
+from swsurgery.model.cutting import cut_text
 from swsurgery.model.forward import LayeredModel
 from swsurgery.model.intervals import CONFIDENCE, LEAST_WINDOWS
+from swsurgery.model.protocol import DEFAULT_PROTOCOL, Protocol
+from swsurgery.model.text import choose_text
 from swsurgery.model.windows import cut_text_windows
 from swsurgery.scanning.causal_report import CausalTest
 from swsurgery.scanning.losses import Losses, Unit, compute_exp
@@ -48,6 +49,7 @@ class TestConditions(TypedDict):
     dtype: str
     device: str
     scored_tokens: int
+    protocol: Protocol
 
 
 class NullTexts(NamedTuple):
@@ -65,16 +67,14 @@ def say_nothing(line: str) -> None:
     """Discard a line for the user; the default of `say`."""
 
 
-def refuse_text(checkpoint: Checkpoint, text: str | None, windows: int, window: int) -> None:
+def refuse_text(checkpoint: Checkpoint, text: str | None, protocol: Protocol) -> None:
     """Raise ModelError if the tokenizer cannot be loaded, or if `text` is too short to fill one window.
 
     The scan calls this before it loads the model.
     """
     with load.hide_output():
         tokenizer = load.load_tokenizer(checkpoint.directory)
-        tokens.cut_windows(
-            tokens.encode(tokenizer, read_built_in_text() if text is None else text), [], windows, window
-        )
+        cut_text(tokens.tokenize_text(tokenizer, choose_text(text, protocol), protocol))
 
 
 def run_on_text(
@@ -84,22 +84,20 @@ def run_on_text(
     text: str | None,
     device: str,
     placement: Placement,
-    windows: int,
-    window: int,
+    protocol: Protocol,
     say: Say,
 ) -> Result:
-    """Load the model, and call `test` with the first `windows` windows of `window` tokens of `text`.
+    """Load the model, and call `test` with the windows into which `protocol` cuts `text`.
 
-    None stands for the built-in text. The text is cut into windows and scored as by `check.run_checks`. Raises
+    None stands for the protocol's text. The text is cut into windows and scored as by `check.run_checks`. Raises
     ModelError if the tokenizer or the model cannot be loaded or run.
     """
-    text = read_built_in_text() if text is None else text
     with load.hide_output():
         tokenizer = load.load_tokenizer(checkpoint.directory)
         model = load.open_model(checkpoint, device=device, placement=placement, say=say)
-        pieces, longest = cut_text_windows(model.model, tokenizer, text, windows, window)
-        found = test(model, pieces)
-    return dataclasses.replace(found, window_tokens=longest, text_sha256=hashlib.sha256(text.encode()).hexdigest())
+        cut = cut_text_windows(model.model, tokenizer, text, protocol)
+        found = test(model, cut.windows)
+    return dataclasses.replace(found, window_tokens=cut.window_tokens, text_sha256=cut.sha256, protocol=cut.protocol)
 
 
 def refuse_untestable(candidates: Sequence[object], windows: Sequence[Sequence[int]]) -> None:
@@ -115,7 +113,7 @@ def refuse_untestable(candidates: Sequence[object], windows: Sequence[Sequence[i
 
 
 def list_conditions(losses: Losses[Any]) -> TestConditions:
-    """Return how the losses were measured. The digest of the text is empty, because only the tokens are known."""
+    """Return how the losses were measured. The digest of the text and the protocol are unknown to the losses."""
     return TestConditions(
         base_perplexity=losses.base_perplexity,
         windows=len(losses.windows),
@@ -124,12 +122,14 @@ def list_conditions(losses: Losses[Any]) -> TestConditions:
         dtype=str(losses.model.dtype).removeprefix("torch."),
         device=load.get_device_name(losses.model.device),
         scored_tokens=sum(losses.scored),
+        protocol=DEFAULT_PROTOCOL,
     )
 
 
-def report_too_few_windows(windows: Sequence[Sequence[int]], say: Say) -> None:
-    """Report that there are fewer than LEAST_WINDOWS windows, and what to do."""
-    have = f"{len(windows)} window{'' if len(windows) == 1 else 's'}"
+def report_too_few_windows(losses: Losses[Any], say: Say) -> None:
+    """Report that there are fewer than LEAST_WINDOWS windows without overlap, and what to do."""
+    count = len(losses.scored)
+    have = f"{count} window{'' if count == 1 else 's'}{'' if count == len(losses.windows) else ' without overlap'}"
     remedy = f"a verdict needs {LEAST_WINDOWS}: give a longer --text, more --windows or a shorter --window"
     say(f"too little text for intervals and verdicts: {have} ({remedy})")
 

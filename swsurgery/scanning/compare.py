@@ -17,6 +17,7 @@ from swsurgery.errors import ManifestError
 from swsurgery.hub import download_checkpoint
 from swsurgery.manifest.load import LoadedManifest, ManifestLike, load_manifest
 from swsurgery.model import Placement
+from swsurgery.model.protocol import BosChoice, ProtocolName, choose_protocol
 from swsurgery.model.start_up import start_up
 from swsurgery.model.tasks.load import load_tasks
 from swsurgery.model.tasks.options import TaskOptions
@@ -34,8 +35,12 @@ def compare(
     *,
     plot: str | Path | None = None,
     text: str | None = None,
-    windows: int = 16,
-    window: int = 512,
+    protocol: ProtocolName = "default",
+    windows: int | None = None,
+    window: int | None = None,
+    stride: int | None = None,
+    bos: BosChoice | None = None,
+    score_first: bool | None = None,
     device: str = "auto",
     placement: Placement = "auto",
     activation_bits: int | None = None,
@@ -60,7 +65,8 @@ def compare(
     if isinstance(manifests, (str, Path)) or not isinstance(manifests, Sequence):
         raise TypeError(f"manifests must be a list of manifests, not {manifests!r:.80}")
     target = None if plot is None else require_path("plot", plot)
-    options = RunOptions(device, placement, text, windows, window)
+    chosen = choose_protocol(protocol, windows=windows, window=window, stride=stride, bos=bos, score_first=score_first)
+    options = RunOptions(device, placement, text, chosen)
     roundings = list_roundings(activation_bits, activation_per)
     asked = TaskOptions.of(tasks, tasks_dir, limit)
     if target is not None:

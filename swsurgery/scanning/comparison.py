@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from swsurgery.model.protocol import DEFAULT_PROTOCOL, Protocol
 from swsurgery.model.tasks.report import TaskReport
 from swsurgery.storage.numbers import round_number
 from swsurgery.storage.result import TableResult
@@ -39,6 +40,7 @@ class ComparedModel:
     kl_high: float | None
     stopword_mass: float
     finite: bool
+    word_perplexity: float | None = None
 
     @property
     def name(self) -> str:
@@ -47,10 +49,14 @@ class ComparedModel:
         return name if self.activations == "as computed" else f"{name}, {self.activations}"
 
     def to_json(self) -> dict[str, Any]:
-        """Return the fields as strict JSON types, with 6 significant digits; NaN and infinities become None."""
+        """Return the fields as strict JSON types, with 6 significant digits; NaN and infinities become None.
+
+        The perplexity per word is absent if the protocol does not count words.
+        """
         return {
             key: (round_number(value) if math.isfinite(value) else None) if isinstance(value, float) else value
             for key, value in vars(self).items()
+            if key != "word_perplexity" or value is not None
         }
 
 
@@ -71,6 +77,7 @@ class Comparison(TableResult):
     device: str
     method: str
     tasks: TaskReport | None = None
+    protocol: Protocol = DEFAULT_PROTOCOL
 
     def to_rows(self) -> list[dict[str, object]]:
         """Return one row per model: the fields of a ComparedModel, and its scores on tasks."""
@@ -89,4 +96,4 @@ class Comparison(TableResult):
         names = ("windows", "window_tokens", "scored_tokens", "text_sha256", "dtype", "device", "method")
         if self.tasks is not None:
             document["tasks"] = self.tasks.to_json()
-        return document | {name: getattr(self, name) for name in names}
+        return document | {name: getattr(self, name) for name in names} | {"protocol": self.protocol.to_json()}

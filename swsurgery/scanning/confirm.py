@@ -30,6 +30,7 @@ from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.model import Placement
 from swsurgery.model.forward import LayeredModel
 from swsurgery.model.intervals import LEAST_WINDOWS
+from swsurgery.model.protocol import DEFAULT_PROTOCOL, Protocol
 from swsurgery.progress import Progress
 from swsurgery.scanning.bars import LEAST_ROWS, EffectBars, set_bars
 from swsurgery.scanning.causal_report import Verdict
@@ -65,14 +66,13 @@ def confirm(
     text: str | None = None,
     device: str = "auto",
     placement: Placement = "auto",
-    windows: int = 16,
-    window: int = 512,
+    protocol: Protocol = DEFAULT_PROTOCOL,
     nulls: int = 16,
     seed: int = 0,
     progress: Progress | None = None,
     say: Say = say_nothing,
 ) -> Confirmation:
-    """Test `candidates` on the first `windows` windows of `window` tokens of `text` (None: the built-in text).
+    """Test `candidates` on `text` (None: the protocol's text), cut and scored by `protocol`.
 
     The text is cut into windows and scored as by `check.run_checks`. `confirm_windows` describes the test and the other
     arguments. Raises ModelError if the tokenizer or the model cannot be loaded or run.
@@ -81,9 +81,7 @@ def confirm(
     def test(model: LayeredModel, pieces: Sequence[Sequence[int]]) -> Confirmation:
         return confirm_windows(model, candidates, pieces, nulls=nulls, seed=seed, progress=progress, say=say)
 
-    return run_on_text(
-        test, checkpoint, text=text, device=device, placement=placement, windows=windows, window=window, say=say
-    )
+    return run_on_text(test, checkpoint, text=text, device=device, placement=placement, protocol=protocol, say=say)
 
 
 def confirm_windows(
@@ -139,11 +137,11 @@ def confirm_windows(
         # Zeroing a scalar that is zero has no effect at all, so such scalars are left out of every set.
         frozenset(candidate.coordinate for candidate in suspects.tested if candidate.value == 0),
     )
-    enough = len(windows) >= LEAST_WINDOWS
+    enough = len(losses.scored) >= LEAST_WINDOWS
     doses = choose_doses(model.checkpoint, suspects.together) if enough else {}
     losses.measure(suspects.groups(), progress, doses)
     if not enough:
-        report_too_few_windows(windows, say)
+        report_too_few_windows(losses, say)
         say = say_nothing
     bars = set_bars(losses, suspects, say)
     core = _find_core(losses, suspects, bars)

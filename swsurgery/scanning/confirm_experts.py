@@ -21,6 +21,7 @@ from swsurgery.checkpoint.structures import locate_expert
 from swsurgery.model import Placement
 from swsurgery.model.forward import LayeredModel
 from swsurgery.model.intervals import LEAST_WINDOWS
+from swsurgery.model.protocol import DEFAULT_PROTOCOL, Protocol
 from swsurgery.progress import Progress
 from swsurgery.scanning.causal_report import Verdict
 from swsurgery.scanning.causal_test import (
@@ -67,14 +68,13 @@ def confirm_experts(
     text: str | None = None,
     device: str = "auto",
     placement: Placement = "auto",
-    windows: int = 16,
-    window: int = 512,
+    protocol: Protocol = DEFAULT_PROTOCOL,
     nulls: int = 16,
     seed: int = 0,
     progress: Progress | None = None,
     say: Say = say_nothing,
 ) -> ExpertConfirmation:
-    """Test `candidates` on the first `windows` windows of `window` tokens of `text` (None: the built-in text).
+    """Test `candidates` on `text` (None: the protocol's text), cut and scored by `protocol`.
 
     `confirm_expert_windows` describes the test. Raises ModelError if the tokenizer or the model cannot be loaded or
     run, and ArchitectureError if the matrices of an expert are not known.
@@ -83,9 +83,7 @@ def confirm_experts(
     def test(model: LayeredModel, pieces: Sequence[Sequence[int]]) -> ExpertConfirmation:
         return confirm_expert_windows(model, candidates, pieces, nulls=nulls, seed=seed, progress=progress, say=say)
 
-    return run_on_text(
-        test, checkpoint, text=text, device=device, placement=placement, windows=windows, window=window, say=say
-    )
+    return run_on_text(test, checkpoint, text=text, device=device, placement=placement, protocol=protocol, say=say)
 
 
 def confirm_expert_windows(
@@ -118,9 +116,9 @@ def confirm_expert_windows(
     regions = {name: list_output_regions(model.checkpoint, name) for name in plan.list_experts()}
     losses = Losses[ExpertName](model, windows, lambda name: name[0], regions.__getitem__)
     losses.measure(plan.list_groups(), progress)
-    enough = len(windows) >= LEAST_WINDOWS
+    enough = len(losses.scored) >= LEAST_WINDOWS
     if not enough:
-        report_too_few_windows(windows, say)
+        report_too_few_windows(losses, say)
         say = say_nothing
     floor, joint_floor = compute_floors(losses, plan.together, plan.null, plan.crowded, _NULL_TEXTS, say)
     together = plan.together

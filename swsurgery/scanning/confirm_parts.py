@@ -20,6 +20,7 @@ from swsurgery.checkpoint.structures import locate_column, locate_row
 from swsurgery.model import Placement
 from swsurgery.model.forward import LayeredModel
 from swsurgery.model.intervals import LEAST_WINDOWS
+from swsurgery.model.protocol import DEFAULT_PROTOCOL, Protocol
 from swsurgery.progress import Progress
 from swsurgery.scanning.activation_report import PersistentActivation
 from swsurgery.scanning.causal_report import Verdict
@@ -80,14 +81,13 @@ def confirm_parts(
     text: str | None = None,
     device: str = "auto",
     placement: Placement = "auto",
-    windows: int = 16,
-    window: int = 512,
+    protocol: Protocol = DEFAULT_PROTOCOL,
     nulls: int = 16,
     seed: int = 0,
     progress: Progress | None = None,
     say: Say = say_nothing,
 ) -> PartConfirmation:
-    """Test `parts` on the first `windows` windows of `window` tokens of `text` (None: the built-in text).
+    """Test `parts` on `text` (None: the protocol's text), cut and scored by `protocol`.
 
     `confirm_part_windows` describes the test. Raises ModelError if the tokenizer or the model cannot be loaded or run.
     """
@@ -95,9 +95,7 @@ def confirm_parts(
     def test(model: LayeredModel, pieces: Sequence[Sequence[int]]) -> PartConfirmation:
         return confirm_part_windows(model, parts, pieces, nulls=nulls, seed=seed, progress=progress, say=say)
 
-    return run_on_text(
-        test, checkpoint, text=text, device=device, placement=placement, windows=windows, window=window, say=say
-    )
+    return run_on_text(test, checkpoint, text=text, device=device, placement=placement, protocol=protocol, say=say)
 
 
 def confirm_part_windows(
@@ -125,9 +123,9 @@ def confirm_part_windows(
     together, every = frozenset(names), [name for group in drawn.values() for name in group]
     groups = [frozenset({name}) for name in (*names, *every)]
     losses.measure([*groups, together, *(together - {name} for name in names)], progress)
-    enough = len(windows) >= LEAST_WINDOWS
+    enough = len(losses.scored) >= LEAST_WINDOWS
     if not enough:
-        report_too_few_windows(windows, say)
+        report_too_few_windows(losses, say)
         say = say_nothing
     floors = {key: compute_floors(losses, together, group, (), _NULL_TEXTS, say)[0] for key, group in drawn.items()}
     bars = {name: floors[name.kind, name.layer] for name in names}

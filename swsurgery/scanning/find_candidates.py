@@ -100,7 +100,7 @@ def _refuse_text(checkpoint: Checkpoint, options: RunOptions) -> None:
     """Refuse a text that is too short for the causal test, before the scan. Raises ModelError."""
     from swsurgery.scanning.causal_test import refuse_text
 
-    refuse_text(checkpoint, options.text, options.windows, options.window)
+    refuse_text(checkpoint, options.text, options.protocol)
 
 
 def _confirm(found: Scan, checkpoint: Checkpoint, options: RunOptions, reporter: Reporter) -> Scan:

@@ -12,6 +12,7 @@ from typing import Generic, NamedTuple, TypeVar
 
 from swsurgery.errors import ModelError
 from swsurgery.model import load, measure
+from swsurgery.model.cutting import Window, count_scored
 from swsurgery.model.forward import LayeredModel
 from swsurgery.model.intervals import CONFIDENCE, compute_mean_interval
 from swsurgery.model.variant import Scalars
@@ -52,13 +53,14 @@ class Losses(Generic[Unit]):
         list_targets: Callable[[Unit], Collection[Coordinate | Region]],
         nothing: frozenset[Unit] = frozenset(),
     ):
-        self.model, self.windows = model, windows
-        self.scored = [len(window) - 1 for window in windows]
+        self.model, self.windows = model, [Window.of(window) for window in windows]
+        self.scored = count_scored(self.windows)
+        """Number of scored tokens in each span: a window, or several windows that overlap."""
         self._find_layer, self._list_targets, self._nothing = find_layer, list_targets, nothing
         self._base: list[float] = []
-        # The loss in nats per token minus that of the stored model, by set of zeroed scalars, one value per window.
+        # The loss in nats per token minus that of the stored model, by set of zeroed scalars, one value per span.
         # A float is the factor of a dose.
-        self._extra: dict[frozenset[Unit] | float, list[float]] = {frozenset(): [0.0] * len(windows)}
+        self._extra: dict[frozenset[Unit] | float, list[float]] = {frozenset(): [0.0] * len(self.scored)}
         self._kl: dict[frozenset[Unit] | float, float] = {frozenset(): 0.0}
 
     def measure(

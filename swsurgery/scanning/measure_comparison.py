@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -16,7 +15,7 @@ from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.editing.overlay import overlay_checkpoint
 from swsurgery.editing.plan import Plan
 from swsurgery.model import Placement, load, measure, tokens
-from swsurgery.model.check import read_built_in_text
+from swsurgery.model.protocol import Protocol
 from swsurgery.model.tasks.load import LoadedTasks
 from swsurgery.model.torch_dtypes import TORCH_DTYPES
 from swsurgery.model.variant import Rounding, Scalars, Variant, describe_rounding
@@ -37,8 +36,7 @@ def compare_plans(
     *,
     tasks: LoadedTasks | None = None,
     text: str | None,
-    windows: int,
-    window: int,
+    protocol: Protocol,
     device: str,
     placement: Placement,
     progress: Progress,
@@ -49,7 +47,6 @@ def compare_plans(
     Every model runs as it is and with each of `roundings`. Variants share one pass over the weights, or a few if their
     hidden states need too much memory. With `tasks`, every model also answers their requests.
     """
-    text = read_built_in_text() if text is None else text
     overlays = [overlay_checkpoint(plan, progress) for plan in plans]
     edits = [_Edit(None, Variant(), 0, 0, 0.0, 0.0)]
     edits += [_measure_edit(plan, overlay) for plan, overlay in zip(plans, overlays, strict=True)]
@@ -58,14 +55,15 @@ def compare_plans(
     with load.hide_output():
         tokenizer = load.load_tokenizer(checkpoint.directory)
         model = load.open_model(checkpoint, device=device, placement=placement, say=say)
-        pieces, longest = cut_text_windows(model.model, tokenizer, text, windows, window)
+        cut = cut_text_windows(model.model, tokenizer, text, protocol)
+        pieces = cut.windows
         stop_tokens = tokens.stop_word_tokens(tokenizer, measure.get_vocabulary_size(model.model))
         models: list[ComparedModel] = []
         with load.convert_run_errors(model.device, model.weights is not None):
             at_once = count_variants_at_once(model, pieces)
             for begin in range(1, max(2, len(variants)), at_once):
                 group = [0, *range(begin, min(begin + at_once, len(variants)))]
-                totals = measure.Totals(stop_tokens, len(group))
+                totals = measure.Totals(stop_tokens, len(group), words=cut.words)
                 for outcomes in model.run(pieces, [variants[number] for number in group], progress=progress):
                     totals.add_window(pieces[outcomes.sequence], outcomes)
                 first = 0 if begin == 1 else 1
@@ -81,9 +79,10 @@ def compare_plans(
         base=str(checkpoint.repo_id or checkpoint.root),
         models=tuple(models),
         windows=len(pieces),
-        window_tokens=longest,
-        scored_tokens=sum(len(piece) - 1 for piece in pieces),
-        text_sha256=hashlib.sha256(text.encode()).hexdigest(),
+        window_tokens=cut.window_tokens,
+        scored_tokens=sum(len(piece.targets) for piece in pieces),
+        text_sha256=cut.sha256,
+        protocol=cut.protocol,
         dtype=str(model.dtype).removeprefix("torch."),
         device=load.get_device_name(model.device),
         method=model.method,
@@ -165,4 +164,5 @@ def _make_model(totals: measure.Totals, number: int, edit: _Edit, rounding: Roun
         kl_high=kl.high,
         stopword_mass=side.stopword_mass,
         finite=side.finite,
+        word_perplexity=side.word_perplexity,
     )

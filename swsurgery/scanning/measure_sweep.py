@@ -8,7 +8,6 @@ verdicts.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,8 +17,9 @@ from torch import nn
 
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.model import Placement, load, measure, tokens
-from swsurgery.model.check import read_built_in_text
+from swsurgery.model.cutting import Window
 from swsurgery.model.forward import LayeredModel
+from swsurgery.model.protocol import DEFAULT_PROTOCOL, Protocol
 from swsurgery.model.variant import Scalars, Variant
 from swsurgery.model.windows import count_variants_at_once, cut_text_windows
 from swsurgery.progress import Progress
@@ -48,28 +48,28 @@ def sweep_checkpoint(
     text: str | None = None,
     device: str = "auto",
     placement: Placement = "auto",
-    windows: int = 16,
-    window: int = 512,
+    protocol: Protocol = DEFAULT_PROTOCOL,
     progress: Progress | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Sweep:
     """Measure the model's quality with all of `coordinates` multiplied by each of `factors`.
 
-    The model runs on the first `windows` windows of `window` tokens of `text` (None: the built-in text). The text is
-    cut and scored as by `check.run_checks`. `device` and `placement` mean the same as in `load.open_model`.
-    `sweep_windows` describes the method. Raises NumberError for an impossible factor, before the model is loaded, and
-    ModelError if the tokenizer or the model cannot be loaded or run.
+    The model runs on `text` (None: the protocol's text), cut and scored by `protocol` as by `check.run_checks`.
+    `device` and `placement` mean the same as in `load.open_model`. `sweep_windows` describes the method. Raises
+    NumberError for an impossible factor, before the model is loaded, and ModelError if the tokenizer or the model
+    cannot be loaded or run.
     """
     compute_scaled_values(checkpoint, coordinates, factors, bool(regions))
-    text = read_built_in_text() if text is None else text
     with load.hide_output():
         tokenizer = load.load_tokenizer(checkpoint.directory)
         model = load.open_model(checkpoint, device=device, placement=placement, say=say)
-        pieces, longest = cut_text_windows(model.model, tokenizer, text, windows, window)
+        cut = cut_text_windows(model.model, tokenizer, text, protocol)
         embeddings = cast("nn.Embedding", model.model.get_input_embeddings())
         stop_tokens = tokens.stop_word_tokens(tokenizer, embeddings.num_embeddings)
-        report = sweep_windows(model, coordinates, factors, pieces, stop_tokens, regions=regions, progress=progress)
-    return dataclasses.replace(report, window_tokens=longest, text_sha256=hashlib.sha256(text.encode()).hexdigest())
+        report = sweep_windows(
+            model, coordinates, factors, cut.windows, stop_tokens, cut.words, regions=regions, progress=progress
+        )
+    return dataclasses.replace(report, window_tokens=cut.window_tokens, text_sha256=cut.sha256, protocol=cut.protocol)
 
 
 def sweep_windows(
@@ -78,6 +78,7 @@ def sweep_windows(
     factors: Sequence[float],
     windows: Sequence[Sequence[int]],
     stop_tokens: Sequence[int] = (),
+    words: int | None = None,
     *,
     regions: Regions | None = None,
     progress: Progress | None = None,
@@ -86,7 +87,8 @@ def sweep_windows(
 
     A scaled value is the exact product of stored value and factor, rounded once to the stored dtype. At factor 0 all
     bits of the value are zero. If a factor changes no scalar, such as factor 1, its point equals that of the base. To
-    limit memory, many factors are run in several groups, and the base is run with each group.
+    limit memory, many factors are run in several groups, and the base is run with each group. `words` is the number of
+    words of the text, or None if they are not counted.
     """
     variants = _make_variants(model.checkpoint, coordinates, factors, regions)
     keys = [None if one.is_stored else at for at, one in enumerate(variants)]
@@ -99,7 +101,7 @@ def sweep_windows(
         at_once = count_variants_at_once(model, windows)
         for begin in range(0, max(1, len(wanted)), at_once):
             group: list[int | None] = [None, *wanted[begin : begin + at_once]]
-            totals = measure.Totals(stop_tokens, len(group))
+            totals = measure.Totals(stop_tokens, len(group), words=words)
             running = [Variant() if key is None else variants[key] for key in group]
             for outcomes in model.run(windows, running, progress=progress):
                 totals.add_window(windows[outcomes.sequence], outcomes)
@@ -118,7 +120,7 @@ def sweep_windows(
         dtype=str(model.dtype).removeprefix("torch."),
         device=load.get_device_name(model.device),
         method=model.method,
-        scored_tokens=sum(len(window) - 1 for window in windows),
+        scored_tokens=sum(len(Window.of(window).targets) for window in windows),
     )
 
 
@@ -150,4 +152,5 @@ def _make_point(totals: measure.Totals, number: int) -> SweepPoint:
         ratio_high=ratio.high,
         kl_low=kl.low,
         kl_high=kl.high,
+        word_perplexity=side.word_perplexity,
     )

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal
 
 from swsurgery._version import __version__
 from swsurgery.checkpoint.architectures import ExpertChoice
+from swsurgery.model.protocol import DEFAULT_PROTOCOL, Protocol
 from swsurgery.scanning.activation_report import Passport, PersistentActivation
 from swsurgery.scanning.causal_report import (
     EFFECT_COLUMNS,
@@ -298,9 +299,15 @@ class SweepPoint:
     ratio_high: float | None = None
     kl_low: float | None = None
     kl_high: float | None = None
+    word_perplexity: float | None = None
 
     def to_json(self) -> dict[str, Any]:
-        return {key: convert_to_plain(value) for key, value in vars(self).items()}
+        """Return the fields as JSON. The perplexity per word is absent if the protocol does not count words."""
+        return {
+            key: convert_to_plain(value)
+            for key, value in vars(self).items()
+            if key != "word_perplexity" or value is not None
+        }
 
 
 @dataclass(frozen=True, repr=False)
@@ -327,6 +334,7 @@ class Sweep(TableResult):
     revision: str | None = None
     manifest: str = ""
     manifest_sha256: str = ""
+    protocol: Protocol = DEFAULT_PROTOCOL
 
     def to_rows(self) -> list[dict[str, object]]:
         """Return one row per factor, in the order in which the factors were given, with the fields of a SweepPoint."""
@@ -356,4 +364,5 @@ class Sweep(TableResult):
                     "method",
                 )
             },
+            "protocol": self.protocol.to_json(),
         }

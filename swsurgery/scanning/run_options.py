@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import TypedDict, get_args
 
 from swsurgery.model import Placement
+from swsurgery.model.protocol import Protocol
 from swsurgery.model.run_arguments import refuse_device, refuse_empty_text
-from swsurgery.storage.arguments import require_choice, require_integer, require_type
+from swsurgery.storage.arguments import require_choice, require_type
 
 
 class DeviceArguments(TypedDict):
@@ -21,27 +22,23 @@ class RunArguments(DeviceArguments):
     """Keyword arguments of every function that runs a model on windows of a text."""
 
     text: str | None
-    windows: int
-    window: int
+    protocol: Protocol
 
 
 @dataclass(frozen=True)
 class RunOptions:
-    """The options for running a model. `text` is the text that the model reads; None means the built-in text."""
+    """The options for running a model. `text` is the text that the model reads; None means the protocol's text."""
 
     device: str
     placement: Placement
     text: str | None
-    windows: int
-    window: int
+    protocol: Protocol
 
     def __post_init__(self) -> None:
         """Raise TypeError for a field of the wrong type, and ModelError for an unknown device or an empty text."""
         require_type("device", self.device, str)
         require_choice("placement", self.placement, get_args(Placement))
         require_type("text", self.text, str, optional=True)
-        for name in ("windows", "window"):
-            object.__setattr__(self, name, require_integer(name, getattr(self, name)))
         refuse_device(self.device)
         refuse_empty_text(self.text)
 
@@ -53,4 +50,4 @@ class RunOptions:
     @property
     def on_text(self) -> RunArguments:
         """All options, as keyword arguments."""
-        return {**self.on_device, "text": self.text, "windows": self.windows, "window": self.window}
+        return {**self.on_device, "text": self.text, "protocol": self.protocol}

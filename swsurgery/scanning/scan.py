@@ -24,6 +24,7 @@ from swsurgery.checkpoint.weight_files import Weights
 from swsurgery.errors import Interrupted, SwsurgeryError
 from swsurgery.hub import download_checkpoint, parse_location
 from swsurgery.model import Placement
+from swsurgery.model.protocol import BosChoice, ProtocolName, choose_protocol
 from swsurgery.model.run_arguments import refuse_bad_prompts
 from swsurgery.progress import Reporter, require_reporter
 from swsurgery.scanning.find_candidates import find_candidates
@@ -55,8 +56,12 @@ def scan(
     weights: Weights | None = None,
     variant: str | None = None,
     text: str | None = None,
-    windows: int = 16,
-    window: int = 512,
+    protocol: ProtocolName = "default",
+    windows: int | None = None,
+    window: int | None = None,
+    stride: int | None = None,
+    bos: BosChoice | None = None,
+    score_first: bool | None = None,
     device: str = "auto",
     placement: Placement = "auto",
     reporter: Reporter | None = None,
@@ -67,9 +72,9 @@ def scan(
     model on `prompts` and finds the scalars that make persistent super activations. The method "weights" reads the
     weights and runs no model. The method "experts" runs the model on `prompts` and finds the super experts of a mixture
     of experts (arXiv:2507.23279); the result is then an ExpertScan. With `confirm`, the effect of zeroing each
-    candidate is measured on at most `windows` windows of `window` tokens of `text` (None: the built-in text). `device`
-    and `placement` have the meaning that they have in `check`. If the directory contains several sets of weights and no
-    record names one of them, `weights` and `variant` choose the set.
+    candidate is measured on `text` (None: the protocol's text). `protocol` and its options, `device` and `placement`
+    have the meaning that they have in `check`. If the directory contains several sets of weights and no record names
+    one of them, `weights` and `variant` choose the set.
 
     `manifest` is the path of a new manifest that applies `op` (with `factor`) to what was found. `plot` is the path
     of a figure and ends in .png, .svg or .pdf. `register` is the model name under which `lookup` will find the result.
@@ -93,7 +98,8 @@ def scan(
         register,
         command,
     )
-    options = RunOptions(device, placement, text, windows, window)
+    chosen = choose_protocol(protocol, windows=windows, window=window, stride=stride, bos=bos, score_first=score_first)
+    options = RunOptions(device, placement, text, chosen)
     with held(download_checkpoint(parse_location(require_location("checkpoint", checkpoint)))) as entered:
         opened = open_checkpoint(entered, weights, variant)
         refuse_files(files, opened, method)

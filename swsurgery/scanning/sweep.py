@@ -18,6 +18,7 @@ from swsurgery.errors import PlanError
 from swsurgery.hub import download_checkpoint
 from swsurgery.manifest.load import ManifestLike, load_manifest
 from swsurgery.model import Placement
+from swsurgery.model.protocol import BosChoice, ProtocolName, choose_protocol
 from swsurgery.model.start_up import start_up
 from swsurgery.model.variant import Variant
 from swsurgery.progress import Progress, Reporter, Rounds, require_reporter
@@ -37,8 +38,12 @@ def sweep(
     *,
     plot: str | Path | None = None,
     text: str | None = None,
-    windows: int = 16,
-    window: int = 512,
+    protocol: ProtocolName = "default",
+    windows: int | None = None,
+    window: int | None = None,
+    stride: int | None = None,
+    bos: BosChoice | None = None,
+    score_first: bool | None = None,
     device: str = "auto",
     placement: Placement = "auto",
     reporter: Reporter | None = None,
@@ -46,8 +51,8 @@ def sweep(
     """Measure the base of a manifest with the scalars that the manifest changes multiplied by each of `factors`.
 
     `manifest` and `base` have the meaning that they have in `apply`; a base on the Hub is downloaded. `text`,
-    `windows`, `window`, `device` and `placement` have the meaning that they have in `check`. `plot` is the path of a
-    figure and ends in .png, .svg or .pdf. No other file is written.
+    `protocol` and its options, `device` and `placement` have the meaning that they have in `check`. `plot` is the path
+    of a figure and ends in .png, .svg or .pdf. No other file is written.
 
     Raises TypeError, HubError, ManifestError, CheckpointError, PlanError, NumberError, ModelError, TargetError.
     """
@@ -56,7 +61,8 @@ def sweep(
         raise TypeError(f"factors must be a list of numbers, not {factors!r:.80}")
     numbers = [require_number("factors", factor) for factor in factors]
     target = None if plot is None else require_path("plot", plot)
-    options = RunOptions(device, placement, text, windows, window)
+    chosen = choose_protocol(protocol, windows=windows, window=window, stride=stride, bos=bos, score_first=score_first)
+    options = RunOptions(device, placement, text, chosen)
     if target is not None:
         figures.check_figure_path(target)
     refuse_factors(numbers)

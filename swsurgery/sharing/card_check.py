@@ -26,24 +26,36 @@ def _describe(check: Mapping[str, Any]) -> str:
     if kind != "forward":
         return f"The weights were read back: exactly the scalars above differ. The model was not run{why}."
     rows = []
-    for name in ("perplexity", "loss"):
+    for name in ("perplexity", "word_perplexity", "loss"):
         sides = [check[side].get(name) if isinstance(check.get(side), dict) else None for side in ("base", "patched")]
         if any(side is not None for side in sides):
-            rows.append([name, *map(_format_value, sides)])
+            rows.append([name.replace("_", " "), *map(_format_value, sides)])
     mass = check.get("stopword_mass")
     if isinstance(mass, dict):
         rows.append(["stopword mass", _format_value(mass.get("base")), _format_value(mass.get("patched"))])
     text = check.get("text")
-    tokens = text.get("scored_tokens") if isinstance(text, dict) else None
+    tokens, where = _describe_text(text if isinstance(text, dict) else {})
     lines = [
         "Base and patched model on the same text, side by side:",
         render_table(("figure", "base", "patched"), rows),
         f"Perplexity ratio {_format_value(check.get('perplexity_ratio'))}, "
-        f"KL divergence {_format_value(check.get('kl'))}, over {_format_value(tokens)} tokens; "
+        f"KL divergence {_format_value(check.get('kl'))}, over {_format_value(tokens)} tokens{where}; "
         f"device {render_code(check.get('device'))}, dtype "
         f"{render_code(check.get('dtype'))}. Verdict: {'passed' if check.get('ok') is True else '**failed**'}.",
     ]
     return "\n\n".join(lines)
+
+
+def _describe_text(text: Mapping[str, Any]) -> tuple[Any, str]:
+    """Return the number of scored tokens, and the windows, the protocol and the digest of the text in words.
+
+    Records of earlier versions have no protocol; the words are then "".
+    """
+    protocol = text.get("protocol")
+    if not isinstance(protocol, dict):
+        return text.get("scored_tokens"), ""
+    words = f" in {_format_value(text.get('windows'))} windows (protocol {escape(str(protocol.get('description')))}, "
+    return text.get("scored_tokens"), f"{words}text sha256 {render_code(text.get('sha256'))})"
 
 
 def _format_value(value: object) -> str:

@@ -14,6 +14,7 @@ from swsurgery.checkpoint.opening import open_checkpoint
 from swsurgery.errors import ModelError
 from swsurgery.model import Placement, ScalarChange, load
 from swsurgery.model.check import run_checks
+from swsurgery.model.protocol import Protocol
 from swsurgery.model.report import CheckReport
 
 pytestmark = [
@@ -37,7 +38,7 @@ def check(
         prompts=("The river was",),
         device=device,
         placement=placement,
-        window=24,
+        protocol=Protocol(window=24),
     )
 
 

@@ -21,6 +21,7 @@ from swsurgery import model
 from swsurgery.checkpoint.opening import open_checkpoint
 from swsurgery.errors import CheckpointError, ModelError
 from swsurgery.model import check, load
+from swsurgery.model.protocol import Protocol
 from swsurgery.model.report import CheckedBounds, CheckReport, Side, SuperActivation
 from swsurgery.progress import Silent
 
@@ -108,7 +109,7 @@ def test_json_without_a_super_activation_says_null() -> None:
 
 
 def run(pair: Pair, directory: Path | None = None, **options: Any) -> CheckReport:
-    settings = {"text": TEXT, "prompts": ("The river",), "window": 24, "device": "cpu"} | options
+    settings = {"text": TEXT, "prompts": ("The river",), "protocol": Protocol(window=24), "device": "cpu"} | options
     return check.run_checks(open_checkpoint(directory or pair.patched), pair.changes, **settings)
 
 
@@ -222,7 +223,6 @@ def test_a_tokenizer_of_another_model(pair: Pair) -> None:
     [
         ({"text": ""}, "the text is too short: 0 of the 2 tokens that are needed"),
         ({"text": "a"}, "the text is too short: 1 of the 2 tokens that are needed"),
-        ({"windows": 0}, "the windows are too few or too short: 0 windows of 24 tokens"),
         ({"prompts": ("The river", "")}, "the prompt has 0 tokens, but the model accepts 1 to "),
         ({"prompts": ("!?" * 40,)}, "the prompt has 80 tokens, but the model accepts 1 to "),
         ({"device": "tpu"}, "no such device: tpu"),

@@ -22,18 +22,22 @@ from swsurgery.checkpoint.opening import open_checkpoint
 from swsurgery.cli import show
 from swsurgery.errors import ModelError
 from swsurgery.model import figures, load, measure, tokens
-from swsurgery.model.check import PROMPTS, read_built_in_text, run_checks
+from swsurgery.model.check import PROMPTS, run_checks
+from swsurgery.model.cutting import cut_windows
 from swsurgery.model.forward import LayeredModel
 from swsurgery.model.outcomes import Outcomes, make_logits
+from swsurgery.model.protocol import Protocol
 from swsurgery.model.report import CheckReport
 from swsurgery.model.stopwords import STOP_WORDS
+from swsurgery.model.text import read_built_in_text
 
 WINDOW = 24
 BEGINNINGS = ("The river was", "In practice it went")
 
 
 def check(pair: Pair, **options: Any) -> CheckReport:
-    settings = {"text": TEXT, "prompts": BEGINNINGS, "window": WINDOW, "device": "cpu"} | options
+    lengths = {"window": WINDOW} | {name: options.pop(name) for name in ("windows", "window") if name in options}
+    settings = {"text": TEXT, "prompts": BEGINNINGS, "protocol": Protocol(**lengths), "device": "cpu"} | options
     return run_checks(open_checkpoint(pair.patched), pair.changes, **settings)
 
 
@@ -194,7 +198,8 @@ def test_the_ratio_has_an_interval_from_the_means_of_windows(pair: Pair) -> None
 
 
 def test_without_changes_base_and_patched_are_one(pair: Pair) -> None:
-    report = run_checks(open_checkpoint(pair.base), (), text=TEXT, prompts=BEGINNINGS, window=WINDOW, device="cpu")
+    protocol = Protocol(window=WINDOW)
+    report = run_checks(open_checkpoint(pair.base), (), text=TEXT, prompts=BEGINNINGS, protocol=protocol, device="cpu")
     assert report.base == report.patched
     assert (report.perplexity_ratio, report.kl) == (1.0, 0.0)
     assert report.base.perplexity == pytest.approx(check(pair).base.perplexity, rel=1e-5)
@@ -245,14 +250,15 @@ def test_a_perplexity_too_large_for_a_float_is_infinite_and_the_ratio_is_not() -
     ],
 )
 def test_windows_do_not_overlap(count: int, windows: int, window: int, expected: list[list[int]]) -> None:
-    assert tokens.cut_windows(range(count), [], windows, window) == expected
-    assert tokens.cut_windows(range(count), [99], windows, window) == [[99, *ids] for ids in expected]
+    protocol = Protocol(windows=windows, window=window)
+    assert [list(found) for found in cut_windows(range(count), [], protocol)] == expected
+    assert [list(found) for found in cut_windows(range(count), [99], protocol)] == [[99, *ids] for ids in expected]
 
 
 @pytest.mark.parametrize(("count", "windows", "window"), [(0, 16, 4), (1, 16, 4), (9, 0, 4), (9, 16, 1), (9, 16, 0)])
 def test_no_window_is_refused(count: int, windows: int, window: int) -> None:
     with pytest.raises(ModelError, match=r"^(the text is too short|the windows are too few or too short): \d"):
-        tokens.cut_windows(range(count), [], windows, window)
+        cut_windows(range(count), [], Protocol(windows=windows, window=window))
 
 
 def test_a_window_is_no_longer_than_the_context(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from swsurgery.model import load
 from swsurgery.model import windows as windows_module
 from swsurgery.model.forward import LayeredModel
 from swsurgery.model.outcomes import Outcomes, make_logits
+from swsurgery.model.protocol import Protocol
 from swsurgery.scanning.causal_report import Effect
 from swsurgery.scanning.confirm import confirm, confirm_windows
 from swsurgery.scanning.measure_sweep import sweep_windows
@@ -376,13 +377,14 @@ def test_a_text_is_cut_as_for_the_check(tmp_path: Path) -> None:
     coordinate = Coordinate(tiny_checkpoint.DOWN, (3, 7))
     value = float(load_file(base / "model.safetensors")[coordinate.tensor][coordinate.index])
     candidate = Candidate(coordinate, 1, 3, 7, None, value, score=1.0, rank=1)
-    found = confirm(checkpoint, [candidate], text=text, device="cpu", windows=3, window=20, nulls=2)
+    found = confirm(checkpoint, [candidate], text=text, device="cpu", protocol=Protocol(windows=3, window=20), nulls=2)
     ids = tiny_checkpoint.make_tokenizer()(text, add_special_tokens=False)["input_ids"]
     windows = [[0, *ids[start : start + 20]] for start in (0, 20, 40)]
     model = load.open_model(checkpoint, device="cpu", placement="whole")
     same = confirm_windows(model, [candidate], windows, nulls=2)
     digest = hashlib.sha256(text.encode()).hexdigest()
-    assert found == dataclasses.replace(same, window_tokens=20, text_sha256=digest)
+    protocol = Protocol(windows=3, window=20, stride=20, bos="yes")
+    assert found == dataclasses.replace(same, window_tokens=20, text_sha256=digest, protocol=protocol)
     assert (found.windows, same.window_tokens) == (3, 21)
 
 

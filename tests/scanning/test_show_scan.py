@@ -148,7 +148,7 @@ def test_on_too_little_text_nothing_is_confirmed_and_no_interval_is_shown(lines)
     assert "   11  507  1229  5.875  5.574  1.7    5.574  untested" in shown
     assert "together  ratio 5.574, KL 1.7" in shown
     assert "null      0 other large rows of layer 11 expert 5 column 1229" in shown
-    assert shown[-1] == "measured  base perplexity 29.6 on 1 window of 180 tokens (179 scored), float32 on cpu"
+    assert shown[-2] == "measured  base perplexity 29.6 on 1 window of 180 tokens (179 scored), float32 on cpu"
     document = report.to_json()
     assert document["candidates"][0]["verdict"] == "untested"
     assert document["candidates"][0]["alone"] == {"ratio": 5.5743, "low": None, "high": None, "kl": 1.7}
@@ -316,6 +316,7 @@ def test_a_sweep_is_listed_by_factor_with_the_base_once(lines):
         "",
         "KL(base || scaled) is in nats per token; the largest hidden state is the largest after any layer",
         "measured on 1 window of 512 tokens (511 scored), float32 on cpu, whole",
+        "protocol  default: without overlap, BOS as the tokenizer adds it; text sha256 abababababababab",
     ]
     assert lines(SWEEP) == wanted
     swept = tuple(point for point in SWEEP.points if point.factor != 1)

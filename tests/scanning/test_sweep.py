@@ -27,6 +27,7 @@ from swsurgery.model import windows as windows_module
 from swsurgery.model.forward import LayeredModel
 from swsurgery.model.intervals import DESIGN_EFFECT
 from swsurgery.model.outcomes import Outcomes
+from swsurgery.model.protocol import Protocol
 from swsurgery.model.stopwords import STOP_WORDS
 from swsurgery.scanning.measure_sweep import sweep_checkpoint, sweep_windows
 from swsurgery.scanning.report import Sweep
@@ -49,7 +50,8 @@ def checkpoint(base: Path) -> Checkpoint:
 
 
 def swept(checkpoint: Checkpoint, factors: Sequence[float] = FACTORS, **options: Any) -> Sweep:
-    settings = {"text": TEXT, "device": "cpu", "window": WINDOW} | options
+    lengths = {"window": WINDOW} | {name: options.pop(name) for name in ("windows", "window") if name in options}
+    settings = {"text": TEXT, "device": "cpu", "protocol": Protocol(**lengths)} | options
     return sweep_checkpoint(checkpoint, [FIRST, SECOND], factors, **settings)
 
 

@@ -30,5 +30,21 @@ class DocumentPart(BaseModel):
     """Describes an object inside a document. The docstrings of the subclasses are the descriptions in the schema."""
 
 
+class ProtocolItem(DocumentPart):
+    """How the text was cut into windows and scored.
+
+    `changed` names the options by which the user changed the protocol `name`. A window of `window` tokens begins
+    `stride` tokens after the one before it. `bos` says whether BOS was in front of the windows.
+    """
+
+    name: Literal["default", "paper", "lm-eval"]
+    description: str
+    window: int | None
+    stride: int | None
+    bos: Literal["auto", "yes", "no"]
+    score_first: bool
+    changed: list[str]
+
+
 class Document(DocumentPart):
     """Describes a document: the object that a command prints with --json, without its field `schema`."""

@@ -12,7 +12,7 @@ from swsurgery.checkpoint.record_entries import (
     ScalarRecord,
     UndoRecord,
 )
-from swsurgery.cli.documents.document import ABSENT, Document, DocumentPart, Number
+from swsurgery.cli.documents.document import ABSENT, Document, DocumentPart, Number, ProtocolItem
 from swsurgery.cli.documents.tasks import TaskScores
 
 
@@ -30,9 +30,11 @@ class SideItem(DocumentPart):
     """The figures of one model. `finite` is true if every logit was finite.
 
     `largest_by_layer` contains the hidden state of largest magnitude after each layer, with its sign.
+    `word_perplexity` exists if the protocol counts words.
     """
 
     perplexity: Number
+    word_perplexity: Number = ABSENT
     finite: bool
     super_activation: PeakItem | None
     largest_by_layer: list[Number]
@@ -54,12 +56,14 @@ class ContinuationsItem(DocumentPart):
 
 
 class MeasuredText(DocumentPart):
-    """The text that was scored."""
+    """The text that was scored. Records of earlier versions have no protocol. `words` exists if they are counted."""
 
     sha256: str
     windows: int
     window_tokens: int
     scored_tokens: int
+    protocol: ProtocolItem = ABSENT
+    words: int = ABSENT
 
 
 class BoundsItem(DocumentPart):

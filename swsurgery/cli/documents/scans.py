@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from swsurgery.cli.documents.document import ABSENT, Document, DocumentPart, ExpertNumber, Number, PlainNumber
+from swsurgery.cli.documents.document import (
+    ABSENT,
+    Document,
+    DocumentPart,
+    ExpertNumber,
+    Number,
+    PlainNumber,
+    ProtocolItem,
+)
 from swsurgery.cli.documents.tasks import TaskScores
 
 
@@ -206,6 +214,7 @@ class RunConditions(DocumentPart):
     window_tokens: int
     scored_tokens: int
     text_sha256: str
+    protocol: ProtocolItem
     dtype: str
     device: str
 
@@ -316,6 +325,7 @@ class PointItem(DocumentPart):
     ratio_high: PlainNumber | None
     kl_low: PlainNumber | None
     kl_high: PlainNumber | None
+    word_perplexity: PlainNumber = ABSENT
 
 
 class SweepDocument(Document, RunConditions):
@@ -354,6 +364,7 @@ class ComparedItem(DocumentPart):
     kl_high: Number
     stopword_mass: Number
     finite: bool
+    word_perplexity: Number = ABSENT
 
 
 class ComparisonDocument(Document, RunConditions):

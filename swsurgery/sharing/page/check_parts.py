@@ -135,6 +135,7 @@ def _show_facts(check: Document) -> Markup:
     facts = [
         ("perplexity ratio", describe_effect(check).removeprefix("perplexity ") or None),
         ("KL(base || patched)", f"{kl} nats per token" if kl else None),
+        ("perplexity per word", _show_both([read_number(check, side, "word_perplexity") for side, _ in SIDES])),
         ("stop-word mass", _show_both([read_number(check, "stopword_mass", side) for side, _ in SIDES])),
         ("super activation", _show_peaks(check)),
         ("logits", _show_finite(check)),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from swsurgery.sharing.page.markup import NEW_LINE, Markup, join, make_code, make_list, make_section, make_tag
 from swsurgery.sharing.page.svg import BASE_MARK, NULL_MARK, Figure, SvgMark
-from swsurgery.sharing.page.values import Document, read_integer, read_text, read_texts
+from swsurgery.sharing.page.values import Document, read_integer, read_map, read_text, read_texts
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,8 @@ def show_measured(document: Document, conditions: Document) -> Markup:
     where = f"{read_text(conditions, 'dtype')} on {read_text(conditions, 'device')}"
     amount = f"Measured on {tokens:,} tokens in {windows:,} windows" if tokens and windows else "Measured"
     parts: list[object] = [f"{amount}, {where}."]
+    if protocol := read_text(read_map(document, "protocol"), "description"):
+        parts.append(f" Protocol {protocol}.")
     if digest:
         parts += [" The text has the sha256 ", make_code(digest), "."]
     return make_tag("p", *parts, class_="aside")
