@@ -208,7 +208,7 @@ def _tokenize(directory: Path, text: str, prompts: Sequence[str], protocol: Prot
     bos = tokens.choose_bos(tokenizer, "auto" if protocol.name == "lm-eval" else protocol.bos)
     beginnings = [bos + tokens.encode(tokenizer, prompt) for prompt in prompts]
     stop_words = tokens.stop_word_tokens(tokenizer, len(tokenizer))
-    return _Tokenized(tokenizer, tokens.tokenize_text(tokenizer, text, protocol), beginnings, stop_words)
+    return _Tokenized(tokenizer, tokens.encode_text(tokenizer, text, protocol), beginnings, stop_words)
 
 
 def _refuse_lengths(prompts: Sequence[str], sequences: Sequence[Sequence[int]], context: int) -> None:

@@ -48,7 +48,7 @@ def get_document_prefix(tokenizer: Tokenizer) -> int:
     raise ModelError("the tokenizer has neither BOS nor EOS", "protocol lm-eval", "choose another protocol")
 
 
-def tokenize_text(tokenizer: Tokenizer, text: str, protocol: Protocol) -> TokenizedText:
+def encode_text(tokenizer: Tokenizer, text: str, protocol: Protocol) -> TokenizedText:
     """Return the token ids of a text, in the form that a protocol needs.
 
     Raises ModelError if the text is not valid Unicode, or if the tokenizer lacks a token that the protocol needs.

@@ -24,7 +24,7 @@ def cut_text_windows(model: PreTrainedModel, tokenizer: Tokenizer, text: str | N
 
     Raises ModelError if no window can be cut, or if a token id is not in the model's vocabulary.
     """
-    tokenized = tokens.tokenize_text(tokenizer, choose_text(text, protocol), protocol)
+    tokenized = tokens.encode_text(tokenizer, choose_text(text, protocol), protocol)
     found = cut_text(tokenized, load.get_context_length(model))
     measure.refuse_unknown_tokens(model, found.windows)
     return found

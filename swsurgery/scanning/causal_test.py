@@ -74,7 +74,7 @@ def refuse_text(checkpoint: Checkpoint, text: str | None, protocol: Protocol) ->
     """
     with load.hide_output():
         tokenizer = load.load_tokenizer(checkpoint.directory)
-        cut_text(tokens.tokenize_text(tokenizer, choose_text(text, protocol), protocol))
+        cut_text(tokens.encode_text(tokenizer, choose_text(text, protocol), protocol))
 
 
 def run_on_text(

@@ -118,6 +118,7 @@ def test_a_confirmed_scan(lines):
         "1.160",
         "null      3 random scalars of similar magnitude, each alone: ratio 0.9998 to 1.000",
         "measured  base perplexity 29.6 on 16 windows of 512 tokens (8,176 scored), float32 on cpu",
+        "protocol  default: without overlap, BOS as the tokenizer adds it; text sha256 abababababababab",
     ]
 
 

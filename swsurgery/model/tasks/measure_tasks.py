@@ -10,6 +10,7 @@ from typing import Any
 
 from swsurgery.errors import SwsurgeryError
 from swsurgery.model import load, measure
+from swsurgery.model.cutting import UNKNOWN_CONTEXT
 from swsurgery.model.forward import LayeredModel
 from swsurgery.model.tasks.answering import AnsweringModel, TextEncoder
 from swsurgery.model.tasks.continuations import Run, score_continuations
@@ -17,9 +18,6 @@ from swsurgery.model.tasks.load import LoadedTasks, describe_error, hide_librari
 from swsurgery.model.tasks.paired import compare_items, compute_difference_interval
 from swsurgery.model.tasks.report import TaskMetric, TaskReport, TaskScore
 from swsurgery.model.windows import STATES
-
-UNKNOWN_CONTEXT = 2048
-"""Number of tokens that a model reads if its config states none, as in lm-eval."""
 
 
 def measure_tasks(
