@@ -1,4 +1,4 @@
-"""Measure one edit by several protocols, and print the table of docs/protocols.md.
+"""Measure one edit by several protocols, and print a table in Markdown.
 
 The edit sets the super weight of SmolLM2-135M-Instruct to zero. The text is not part of this repository.
 
