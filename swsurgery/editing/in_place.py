@@ -356,10 +356,10 @@ def _refuse_shared(entry: Entry) -> None:
         raise TargetError(
             f"the file has {status.st_nlink} hard links, so the edit would also change it under its other names",
             entry,
-            "apply with -o",
+            "write a copy with -o",
         )
     if not status.st_mode & stat.S_IWUSR:
-        raise TargetError("the file is read-only", entry, "apply with -o, or run chmod u+w on it")
+        raise TargetError("the file is read-only", entry, "write a copy with -o, or run chmod u+w on it")
 
 
 def _describe_untouched(

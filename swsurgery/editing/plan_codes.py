@@ -24,7 +24,7 @@ from swsurgery.storage.coordinate import Coordinate, is_valid_index
 from swsurgery.storage.numbers import Written, format_exact, format_number
 from swsurgery.storage.splice import Scalar, Splice
 
-_BEFORE = "edit the model before it is quantised, or set raw: true to change a stored number"
+_BEFORE = "edit the model before it is quantised"
 """The remedy if a quantised weight cannot be edited."""
 
 
@@ -52,7 +52,7 @@ def plan_codes(asked: Sequence[Asked], checkpoint: Checkpoint, sources: Sources)
     for one in asked:
         try:
             found = opened.find(one.coordinate)
-            _check_expectation(one, found)
+            _check_expectation(one, found, opened)
             edit = _choose_code(one, found, opened)
             planned.edits.append(edit)
             if not one.edit.writes:
@@ -99,8 +99,13 @@ class _Opened:
             cell = matrix.find_cell(index)
             code = cell.read_code(make_reader(self.checkpoint))
         except CannotTell as reason:
-            raise PlanError(f"cannot tell what its codes mean: {reason}", coordinate, _BEFORE) from None
+            remedy = self.offer_raw(_BEFORE, "set raw: true to change a stored number")
+            raise PlanError(f"cannot tell what its codes mean: {reason}", coordinate, remedy) from None
         return _Found(coordinate, matrix.layout, cell, code, cell.values[code])
+
+    def offer_raw(self, remedy: str, raw: str) -> str:
+        """Return a remedy that also names `raw`, which uses raw: true. Blocks of a GGUF file accept no raw edits."""
+        return remedy if self.checkpoint.is_gguf else f"{remedy}, or {raw}"
 
     def list_elements(self, found: _Found) -> list[Coordinate]:
         """List the stored numbers that contain the code of an element. Raises PlanError for an opaque dtype."""
@@ -163,7 +168,7 @@ def _require_index(index: tuple[int, ...], matrix: QuantisedMatrix) -> None:
         raise PlanError(f"index {list(index)} is out of range", f"{matrix.weight} of shape {list(shape)}")
 
 
-def _check_expectation(asked: Asked, found: _Found) -> None:
+def _check_expectation(asked: Asked, found: _Found, opened: _Opened) -> None:
     """Raise PlanError if an element has another value than its edit expects.
 
     An expected number must have the stored code as its nearest code. A value measured in another checkpoint, such as a
@@ -174,7 +179,8 @@ def _check_expectation(asked: Asked, found: _Found) -> None:
         return
     if isinstance(expect, str):
         what = "expect cannot name the bits of a quantised element: only a stored number has bits"
-        raise PlanError(what, asked.coordinate, "expect a value, or name the stored tensor with raw: true")
+        remedy = opened.offer_raw("expect a value", "name the stored tensor with raw: true")
+        raise PlanError(what, asked.coordinate, remedy)
     measured = isinstance(expect, MeasuredValue)
     value = float(expect.value if isinstance(expect, MeasuredValue) else expect)
     slack = found.cell.compute_step(found.value) if measured else 0.0
@@ -235,7 +241,7 @@ def _compute_wanted(asked: Asked, found: _Found, opened: _Opened) -> float:
         return found.value * edit.factor  # rounded once, to float64
     if isinstance(edit, Set):
         if edit.value is None:
-            raise NumberError("only a stored number has bits", remedy="give a value, or set raw: true")
+            raise NumberError("only a stored number has bits", remedy=opened.offer_raw("give a value", "set raw: true"))
         return float(edit.value.exact if isinstance(edit.value, Written) else edit.value)
     if isinstance(edit, Restore):
         if edit.source is None:

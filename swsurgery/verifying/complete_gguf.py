@@ -172,13 +172,13 @@ def _check_outside(header: GgufHeader) -> Iterator[Lack]:
     outside, width, known = header.found.outside, header.read("embedding_length"), header.architecture in ARCHITECTURES
     tokens = header.metadata.get("tokenizer.ggml.tokens")
     count = tokens.count if isinstance(tokens, SkippedArray) else header.read("vocab_size")
-    for name in ("token_embd.weight", "output.weight"):
+    for name, axes in (("token_embd.weight", 2), ("output.weight", 2), ("output_norm.weight", 1)):
         shape = outside.get(name)
-        if shape is None or len(shape) != 2:
+        if shape is None or len(shape) != axes:
             continue
-        if count is not None and shape[0] < count:
+        if axes == 2 and count is not None and shape[0] < count:
             yield Lack("vocabulary", name, f"has {shape[0]} rows, but the tokenizer has {count} tokens", name)
-        elif known and width is not None and shape[1] != width:
+        elif known and width is not None and shape[-1] != width:
             what = f"is stored as {list(shape)}, but the metadata declares an embedding_length of {width}"
             yield Lack("shape-mismatch", name, what, name)
     for name in ("token_embd.weight", "output_norm.weight") if known else ():

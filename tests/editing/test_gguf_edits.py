@@ -524,6 +524,8 @@ def test_parts_without_edits_stay_in_the_repository(hub, tmp_path, monkeypatch):
         ({"op": "set", "value": 0.11, "max_error": 1e-9, **PLACE}, "more than max_error 1e-09"),
         ({"op": "zero", **PLACE}, "no code of this element has the value 0 (use set with value: 0, which stores"),
         ({"op": "scale", "factor": 0.5, "expect": 77, **PLACE}, "expected 77, stored is"),
+        ({"op": "set", "bits": "0x01", **PLACE}, "only a stored number has bits (give a value)"),
+        ({"op": "zero", "expect": "0x01", **PLACE}, "blk.0.ffn_down.weight[0, 0] (expect a value)"),
         ({"op": "set", "value": 1, "raw": True, **PLACE}, "Q4_1 stores elements in blocks that share scales"),
         ({"op": "flip", "bit": 0, **PLACE}, "use set, scale or zero, which store the nearest code"),
         ({"op": "zero", "layer": 0, "row": 1}, "quantised: its elements are stored in blocks of the GGML type Q4_1"),

@@ -469,7 +469,8 @@ def test_a_side_file_that_was_changed_after_the_first_step_is_refused(base, mani
 
 def test_a_shard_that_is_marked_read_only_is_refused(base, manifest, refused):
     os.chmod(base / SECOND, 0o444)
-    assert refused(manifest, base) == f"the file is read-only: {base / SECOND} (apply with -o, or run chmod u+w on it)"
+    message = f"the file is read-only: {base / SECOND} (write a copy with -o, or run chmod u+w on it)"
+    assert refused(manifest, base) == message
 
 
 def test_leaving_copies_out_is_refused(base, tmp_path, refused):

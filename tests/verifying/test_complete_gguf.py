@@ -94,6 +94,7 @@ def test_a_whole_file_is_complete_and_needs_neither_torch_nor_gguf(tmp_path, cap
          [("shape-mismatch", f"blk.{n}.attn_q.weight") for n in range(3)]),
         (with_shape("token_embd.weight", (5, 8)), [("vocabulary", "token_embd.weight")]),
         (with_shape("output.weight", (6, 4)), [("shape-mismatch", "output.weight")]),
+        (with_shape("output_norm.weight", (9,)), [("shape-mismatch", "output_norm.weight")]),
     ],
 )  # fmt: skip
 def test_what_the_metadata_declares_and_the_file_lacks_is_a_finding(tmp_path, change, expected):
