@@ -60,15 +60,18 @@ class Pool:
             for future in futures:
                 future.cancel()
 
-    def shutdown(self, cancel: bool = False) -> None:
-        """Wait for all submitted calls and end the threads. With `cancel`, drop the calls that have not started."""
+    def shutdown(self, cancel: bool = False, wait: bool = True) -> None:
+        """Wait for all submitted calls and end the threads. With `cancel`, drop the calls that have not started.
+
+        Without `wait`, return at once; each thread ends after its present call.
+        """
         if cancel:
             with contextlib.suppress(queue.Empty):
                 while True:
                     self._tasks.get_nowait()
         for _ in self._threads:
             self._tasks.put(None)
-        for thread in self._threads:
+        for thread in self._threads if wait else ():
             thread.join()
 
     def _work(self) -> None:

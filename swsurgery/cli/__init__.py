@@ -110,17 +110,34 @@ def _print_log() -> Iterator[None]:
         log.removeHandler(handler)
 
 
+REPEAT_SECONDS = 0.01
+"""Time in seconds after which an Interrupted that Python ignored is raised again: the finalizer has ended by then."""
+
 _received: list[Interrupted] = []
 
 
 @contextlib.contextmanager
 def _convert_signals() -> Iterator[None]:
-    """Raise Interrupted if SIGINT or SIGTERM arrives while the `with` block runs."""
+    """Raise Interrupted if SIGINT or SIGTERM arrives while the `with` block runs.
+
+    Python ignores an exception in a finalizer or a weakref callback. An Interrupted that is lost there is raised again.
+    """
     _received.clear()
     previous = {number: signal.signal(number, _handle_interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    report_ignored = sys.unraisablehook
+
+    def repeat_interrupt(ignored: sys.UnraisableHookArgs) -> None:
+        if not isinstance(ignored.exc_value, Interrupted):
+            report_ignored(ignored)
+            return
+        signal.signal(signal.SIGALRM, _repeat_interrupt)
+        signal.setitimer(signal.ITIMER_REAL, REPEAT_SECONDS)
+
+    sys.unraisablehook = repeat_interrupt
     try:
         yield
     finally:
+        sys.unraisablehook = report_ignored
         for number, action in previous.items():
             signal.signal(number, action)
 
@@ -131,7 +148,21 @@ def _handle_interrupt(number: int, frame: FrameType | None) -> None:
     raise _received[0]
 
 
+def _repeat_interrupt(number: int, frame: FrameType | None) -> None:
+    signal.signal(number, signal.SIG_DFL)
+    raise _received[0]
+
+
 def entry() -> NoReturn:
-    """Run the command that sys.argv contains, and end the process with its exit code."""
+    """Run the command that sys.argv contains, and end the process with its exit code.
+
+    After a signal, the process ends without waiting for threads: the import of torch can take many seconds.
+    """
     output.open_standard_streams()
-    sys.exit(main())
+    code = main()
+    if code == Interrupted.exit_code:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):  # nobody reads it
+                stream.flush()
+        os._exit(code)
+    sys.exit(code)

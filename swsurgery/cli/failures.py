@@ -10,6 +10,7 @@ import typer
 from swsurgery.cli.environment import explain_bad_value, hide_variable, is_set, name_variable
 from swsurgery.cli.output import Output, print_json, say
 from swsurgery.errors import Fault, Interrupted, SwsurgeryError
+from swsurgery.storage.memory import is_memory_shortage
 
 
 def report_error(error: Exception | Interrupted, out: Output, received: Interrupted | None) -> int:
@@ -82,23 +83,9 @@ def _describe_refusal(error: OSError) -> Fault:
 
 def _explain_shortage(error: BaseException) -> Fault | None:
     """Return the message for an error that too little memory or too few threads caused, or None for any other error."""
-    text = str(error)
-    if isinstance(error, MemoryError) or any(words in text for words in OUT_OF_MEMORY):
+    if is_memory_shortage(error):
         remedy = "free memory, or raise the limit on memory, then run the command again"
         return Fault("not enough memory", remedy=remedy)
-    if isinstance(error, RuntimeError) and "can't start new thread" in text:
+    if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
         return Fault("cannot start a thread", remedy="raise the limit on processes, then run the command again")
     return None
-
-
-OUT_OF_MEMORY = (
-    "out of memory",
-    "can't allocate memory",
-    "annot allocate memory",
-    "failed to map segment",
-    "std::bad_alloc",
-)
-"""Parts of the messages by which torch, the dynamic linker and C++ report that memory ran out.
-
-Their errors have no type of their own. numpy raises MemoryError, and system calls raise OSError.
-"""

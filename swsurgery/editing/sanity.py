@@ -228,7 +228,7 @@ def check(
             for e in (record.edits if record and base is None else ())
         ]
         found_base = find_checked_base(opened, record, base, bases, reporter.say)
-        with add_remedy("swsurgery verify, which does not run the model") if patched else contextlib.nullcontext():
+        with add_remedy("use swsurgery verify, which does not run the model") if patched else contextlib.nullcontext():
             found = run_checks(
                 opened,
                 changes,

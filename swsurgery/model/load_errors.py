@@ -14,6 +14,7 @@ from swsurgery.errors import ModelError, Unrunnable
 from swsurgery.hub import get_config_error
 from swsurgery.model.refusals import make_missing_error
 from swsurgery.model.transformers_private import LoadingInfo, has_quantiser
+from swsurgery.storage.memory import is_memory_shortage
 
 LOADING_ERRORS = (
     OSError,
@@ -34,6 +35,8 @@ insufficient."""
 
 def make_load_error(error: Exception, directory: Path) -> Unrunnable:
     """Make the error for an exception that transformers raised while it loaded the model in `directory`."""
+    if is_memory_shortage(error):
+        return Unrunnable("not enough memory to load the model", directory, "free memory, or raise the limit on memory")
     return Unrunnable(
         f"transformers cannot load the model: {get_first_line(error)}",
         directory,

@@ -7,9 +7,7 @@ loads neither library.
 
 from __future__ import annotations
 
-import contextlib
 import os
-import threading
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -19,6 +17,7 @@ from swsurgery.errors import Unrunnable
 from swsurgery.model import tokenizer
 from swsurgery.model.refusals import refuse_unrunnable
 from swsurgery.progress import LOADING, Progress
+from swsurgery.storage.memory import is_memory_shortage
 from swsurgery.storage.numeric import load_numpy
 from swsurgery.storage.read_ahead import read_ahead
 from swsurgery.threads import Pool
@@ -55,15 +54,18 @@ def start_up_and_tokenize(
     except MemoryError as error:
         raise Unrunnable("not enough memory", "torch cannot be loaded", "raise the limit on memory") from error
     tokenizer.start()
-    with Pool(2) as pool:
+    pool = Pool(3)
+    try:
         tokenized = pool.submit(tokenize)
         threads = min(MOST_THREADS, len(os.sched_getaffinity(0)) // 2)
         read_ahead([shard.file for shard in checkpoint.shards.values()], max(1, threads))
-        _import_libraries(device, _find_dtype(checkpoint))
+        _wait_for_imports(pool, device, _find_dtype(checkpoint))
         from swsurgery.model import load
 
         with load.explain_tokenizer(checkpoint.directory):
             return tokenized.result()
+    finally:
+        pool.shutdown(cancel=True, wait=False)  # after a signal, an import may take seconds to end
 
 
 def _find_dtype(checkpoint: Checkpoint) -> str:
@@ -71,26 +73,39 @@ def _find_dtype(checkpoint: Checkpoint) -> str:
     return next((info.dtype.name for shard in checkpoint.shards.values() for info in shard.tensors.values()), "F32")
 
 
-def _import_libraries(device: str, dtype: str) -> None:
-    """Import torch, make the device ready for layers of the stored `dtype`, and import transformers.
+def _wait_for_imports(pool: Pool, device: str, dtype: str) -> None:
+    """Import torch and transformers on two threads, because much of the time is spent on finding and reading files.
 
-    Two threads import, because much of the time is spent on finding and reading files.
+    `dtype` is the stored dtype for whose layers the device is made ready. The main thread only waits: a signal that
+    arrives within an import can be lost, or leave a lock of the import system locked. Raises Unrunnable if a library is
+    broken, or if the memory is insufficient.
     """
-    with contextlib.suppress(RuntimeError):  # if no thread can start, the imports below do everything
-        threading.Thread(target=_import_torch, args=(device, dtype)).start()
+    errors = [pool.submit(_import_torch, device, dtype), pool.submit(_import_transformers)]
+    for error in [future.result() for future in errors]:  # an error of torch causes others in transformers
+        if error is not None and is_memory_shortage(error):
+            raise Unrunnable("not enough memory", "torch cannot be loaded", "raise the limit on memory") from error
+        if error is not None:
+            what = f"torch or transformers cannot be imported: {type(error).__name__}"
+            raise Unrunnable(what, error, "install them again") from error
+
+
+def _import_torch(device: str, dtype: str) -> Exception | None:
+    """Import torch and start CUDA. Return the error of a broken installation."""
+    try:
+        from swsurgery.model import wake
+        from swsurgery.model.torch_dtypes import get_streamed_dtype
+    except Exception as error:  # noqa: BLE001 (installed but broken: a shared library may be missing)
+        return error
+    wake.start_device(device, get_streamed_dtype(dtype))
+    return None
+
+
+def _import_transformers() -> Exception | None:
+    """Import transformers and the modules that run models. Return the error of a broken installation."""
     try:
         import transformers.models  # noqa: F401 (needs no torch)
 
         from swsurgery.model import load, measure  # noqa: F401 (these modules import torch and transformers)
-    except (ImportError, OSError) as error:  # installed but broken: a shared library may be missing
-        what = f"torch or transformers cannot be imported: {type(error).__name__}"
-        raise Unrunnable(what, error, "install them again") from error
-
-
-def _import_torch(device: str, dtype: str) -> None:
-    """Import torch and start CUDA. Errors are ignored: the thread that imports transformers meets them too."""
-    with contextlib.suppress(ImportError, OSError):
-        from swsurgery.model import wake
-        from swsurgery.model.torch_dtypes import get_streamed_dtype
-
-        wake.start_device(device, get_streamed_dtype(dtype))
+    except Exception as error:  # noqa: BLE001 (a broken installation raises any exception)
+        return error
+    return None

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +16,8 @@ import pytest
 from patched import DOWN, FIRST, flip, write_patched, write_shard
 
 from swsurgery import __version__
-from swsurgery.cli import main
+from swsurgery.cli import _convert_signals, main
+from swsurgery.errors import Interrupted
 from swsurgery.manifest.load import parse_manifest
 
 COMMANDS = {
@@ -301,3 +305,15 @@ def test_lookup_of_a_checkpoint_refuses_what_only_a_model_name_takes(tmp_path, c
     assert main(["lookup", str(tmp_path), *option]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and "not a checkpoint" in err
+
+
+def test_a_signal_that_arrives_in_a_finalizer_is_not_lost():
+    class Target:
+        pass
+
+    target = Target()
+    reference = weakref.ref(target, lambda _: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(Interrupted), _convert_signals():
+        del target
+        time.sleep(10)
+    assert reference() is None

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -69,3 +70,38 @@ SCRIPT = """
 from swsurgery.cli import main
 sys.exit(main(["check", sys.argv[1], "--device", "cpu"]))
 """
+
+
+def test_a_signal_during_the_imports_ends_the_command_at_once(pair: Pair, tmp_path: Path) -> None:
+    """The import of torch sends the signal and continues for a minute, but nothing waits for it."""
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text(
+        "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n"
+    )
+    begin = time.monotonic()
+    run = subprocess.run(
+        [sys.executable, "-c", ENTRY.format(folder=str(tmp_path)), "check", str(pair.base), "--device", "cpu"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (run.returncode, run.stdout) == (130, "") and time.monotonic() - begin < 30
+    assert run.stderr.splitlines()[-1] == "swsurgery: interrupted: SIGINT (nothing was left behind)"
+    assert "Traceback" not in run.stderr
+
+
+ENTRY = """
+import sys
+sys.path.insert(0, {folder!r})
+from swsurgery.cli import entry
+entry()
+"""
+
+
+def test_an_error_of_torch_is_reported_instead_of_the_errors_that_it_causes(pair: Pair, tmp_path: Path) -> None:
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("raise MemoryError\n")
+    run = subprocess.run(
+        [sys.executable, "-c", ENTRY.format(folder=str(tmp_path)), "check", str(pair.base), "--device", "cpu"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (run.returncode, run.stdout) == (2, "") and "Traceback" not in run.stderr
+    assert "swsurgery: not enough memory: torch cannot be loaded (raise the limit on memory" in run.stderr

@@ -156,7 +156,7 @@ def test_each_command_names_a_way_out_that_it_has(here: Path, capsys: pytest.Cap
         "scan untold --method weights --confirm": ", or leave out --confirm",
         "sweep zero.yaml --factors 0,1 --base untold": "",
         "check untold": "",
-        "check patched": ", or swsurgery verify, which does not run the model",
+        "check patched": ", or use swsurgery verify, which does not run the model",
         "apply zero.yaml -o again --base untold --check forward": ", or --check weights",
     }
     for words, way in ways.items():

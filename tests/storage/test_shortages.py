@@ -156,7 +156,7 @@ def test_a_forward_check_without_memory_for_numpy_is_not_made(base, edit, tmp_pa
     def fail() -> None:
         raise MemoryError
 
-    monkeypatch.setattr("swsurgery.model.check.load_numpy", fail)
+    monkeypatch.setattr("swsurgery.model.start_up.load_numpy", fail)
     said: list[str] = []
     swsurgery.apply(edit, output=tmp_path / "out", reporter=Listener(said.append))
     reason = "not enough memory: torch cannot be loaded (raise the limit on memory)"
