@@ -207,6 +207,20 @@ def test_a_page_about_a_scan_says_what_it_is_to_say():
     )
 
 
+def test_a_page_about_a_scan_shows_tested_parts_beside_random_ones():
+    page = render_page("scan", "my-model", DOCUMENTS["parts"][1])
+    text = say(read(page))
+    assert "No super weight was found. Needed parts: L1 row 39." in text
+    assert "L1 row 39 39 963 x5.600 needed alone" in text
+    assert "L3 expert 2 neuron 834 7, 39 -202 x1.020 inert" in text
+    assert "L3 expert 2 neuron 834: inert, perplexity x1.02 without it" in text
+    assert "2 random rows of layer 1, each alone" in text and "1 random neuron of layer 3, each alone" in text
+    section = page.decode().partition("Effects of rows, neurons and experts")[2].partition("What was not found")[0]
+    # Each part alone, all parts, and all parts but one of them have an interval. The random parts have none.
+    assert section.count('class="interval"') == 5 and section.count("<figure>") == 2
+    assert "Effects of rows" not in say(read(render_page("scan", "my-model", DOCUMENTS["scan"][1])))
+
+
 def test_a_page_about_proof_says_yes_or_no():
     document = DOCUMENTS["verify"][1]
     assert "OK: nothing contradicts" in say(read(render_page("verify", "patched", document)))

@@ -14,6 +14,7 @@ from swsurgery.scanning.activation_report import PersistentActivation
 from swsurgery.scanning.causal_report import Effect
 from swsurgery.scanning.comparison import ComparedModel, Comparison
 from swsurgery.scanning.expert_report import ExpertCandidate, ExpertMaximum, ExpertScan
+from swsurgery.scanning.part_report import MlpPart, PartConfirmation, PartName, PartTrial
 from swsurgery.scanning.report import (
     Candidate,
     ColumnNull,
@@ -38,6 +39,7 @@ def candidate(layer: int, row: int, col: int, value: float, **measured: Any) -> 
 
 MAKER = candidate(11, 507, 1229, 5.875, input_spike=4072.0, output_spike=23880.0, share=0.73, prompts=2, round=1)
 HELPER = candidate(2, 507, 90, 5.094, input_spike=-95.5, output_spike=486.0, share=0.3, prompts=1, round=1)
+CONDITIONS = ("base_perplexity", "windows", "window_tokens", "text_sha256", "dtype", "device", "scored_tokens")
 STRONG, WEAK = Effect(5.6, 5.1, 6.2, 1.9), Effect(1.02, 0.99, 1.05, 0.1)
 CONFIRMATION = Confirmation(
     trials=(Trial(MAKER, STRONG, WEAK, "needed alone"), Trial(HELPER, WEAK, None, "inert", listed=False)),
@@ -65,6 +67,16 @@ SCAN = Scan(
     notes=("layer 28 removes channel 507 again",),
     unread=(UnreadLayer(5, (), (DOWN.format(5),)),),
     settings={"outstanding": 8.0, "bos": True, "dtype": "float32", "unheard_of": 1},
+)
+ROW = MlpPart(PartName("row", 1, None, 39), (39,), 963.0)
+NEURON = MlpPart(PartName("neuron", 3, 2, 834), (7, 39), -202.0)
+PARTS = PartConfirmation(
+    trials=(PartTrial(ROW, STRONG, WEAK, "needed alone"), PartTrial(NEURON, WEAK, STRONG, "inert")),
+    together=STRONG,
+    joint_sets=(),
+    null=(0.97, 1.03, 1.04),
+    part_nulls=(("row", 1, (0.97, 1.03)), ("neuron", 3, (1.04,))),
+    **{name: getattr(CONFIRMATION, name) for name in CONDITIONS},
 )
 DOSES = [{"factor": f, "ratio": r, "low": r * 0.9, "high": r * 1.1} for f, r in ((0, 5.6), (0.5, 1.5), (1, 1.0))]
 EXPERT = ExpertCandidate(1, 68, 900.0, 5, 0, 0, 2, 1200.0, MAKER)
@@ -163,6 +175,7 @@ DOCUMENTS: dict[str, tuple[str, dict[str, Any]]] = {
     "check": ("check", CHECKED),
     "check alone": ("check", replace(CHECK, compared=False).to_json()),
     "scan": ("scan", SCAN.to_json()),
+    "parts": ("scan", replace(SCAN, candidates=(), unread=(), confirmation=None, part_confirmation=PARTS).to_json()),
     "experts": ("scan", EXPERTS.to_json()),
     "weights": ("scan", WEIGHTS.to_json()),
     "sweep": ("sweep", SWEEP.to_json()),

@@ -1,9 +1,12 @@
-"""Render the causal test of a scan: the effects of zeroing candidates alone, together, and of random parts."""
+"""Render the causal tests of a scan: the effects of zeroing candidates alone, together, and of random parts.
+
+Scalars or experts come first. The rows, neurons and experts that create an activation follow in a section of their own.
+"""
 
 from __future__ import annotations
 
 from swsurgery.errors import pluralise
-from swsurgery.sharing.page.markup import Markup, make_facts, make_section, make_tag
+from swsurgery.sharing.page.markup import Markup, make_facts, make_section, make_table, make_tag
 from swsurgery.sharing.page.parts import MARKS_BY_VERDICT, show_figure, show_figures, show_measured
 from swsurgery.sharing.page.svg import NULL_MARK, OTHER_MARK, DotRow, Line, Point, draw_dots, draw_lines
 from swsurgery.sharing.page.values import (
@@ -15,6 +18,7 @@ from swsurgery.sharing.page.values import (
     read_numbers,
     read_text,
     show_number,
+    show_ratio,
 )
 
 AXIS = "perplexity ratio: without / with"
@@ -22,7 +26,12 @@ AXIS = "perplexity ratio: without / with"
 
 
 def show_effects(document: Document) -> list[Markup]:
-    """Render the effects, if a causal test was made."""
+    """Render the effects of zeroing what was tested: candidates, and parts that create an activation."""
+    return [*_show_candidates(document), *_show_parts(document)]
+
+
+def _show_candidates(document: Document) -> list[Markup]:
+    """Render the effects of zeroing scalars or super experts, if they were tested."""
     test = read_map(document, "confirmation") or read_map(document, "expert_confirmation")
     if not test:
         return []
@@ -43,6 +52,61 @@ def show_effects(document: Document) -> list[Markup]:
         make_section("Effects", show_figures(figures), facts, show_measured(test, test)),
         make_section("Dose", *_show_dose(test)),
     ]
+
+
+def _show_parts(document: Document) -> list[Markup]:
+    """Render the effects of zeroing the rows, neurons and experts that create an activation, if they were tested."""
+    parts, test = read_maps(document, "parts"), read_map(document, "part_confirmation")
+    if not parts or not test:
+        return []
+    alone = [_make_dot(_label_part(one), read_map(one, "alone"), read_text(one, "verdict")) for one in parts]
+    joint = [_make_dot("all parts", read_map(test, "together"), "needed jointly")] if len(parts) > 1 else []
+    joint += [
+        _make_dot(f"all parts but {format_short_name(one)}", without, "inert")
+        for one in parts
+        if (without := read_map(one, "without"))
+    ]
+    captions = {
+        "Parts zeroed alone, with 95% intervals. Circles below them: random parts of the same kind and layer": [
+            *alone,
+            *_list_part_nulls(test),
+        ],
+        "Parts zeroed together, with 95% intervals": joint,
+    }
+    figures = [show_figure(f"{words}.", draw_dots(words, dots, AXIS)) for words, dots in captions.items() if dots]
+    facts = make_facts([("perplexity as stored", show_number(test.get("base_perplexity")))])
+    title = "Effects of rows, neurons and experts"
+    return [make_section(title, _tabulate_parts(parts), show_figures(figures), facts, show_measured(test, test))]
+
+
+def _label_part(part: Document) -> str:
+    return f"{format_short_name(part)}: {read_text(part, 'verdict')}"
+
+
+def _tabulate_parts(parts: list[Document]) -> Markup:
+    """Render the activations that each part creates, and its verdict."""
+    rows = [
+        [
+            format_short_name(one),
+            ", ".join(show_number(channel) or "" for channel in read_numbers(one, "channels")[:6]),
+            show_number(one.get("added")),
+            show_ratio(read_number(one, "alone", "ratio")),
+            read_text(one, "verdict"),
+        ]
+        for one in parts
+    ]
+    header = ("part", "creates activations in channels", "largest value added", "zeroed alone", "verdict")
+    return make_table(header, rows, numeric=range(1, 4))
+
+
+def _list_part_nulls(test: Document) -> list[DotRow]:
+    rows = []
+    for null in read_maps(test, "part_nulls"):
+        if ratios := _read_ratios(null, "ratios"):
+            amount = pluralise(len(ratios), f"random {read_text(null, 'kind')}")
+            label = f"{amount} of layer {read_integer(null, 'layer')}, each alone"
+            rows.append(DotRow(label, None, mark=NULL_MARK, others=ratios))
+    return rows
 
 
 def _list_alone(document: Document) -> list[DotRow]:
@@ -94,10 +158,15 @@ def _make_dot(label: str, effect: Document, verdict: str) -> DotRow:
 
 
 def format_short_name(one: Document) -> str:
-    """Return the short name of a scalar or an expert, such as "L11 [507, 1229]" or "L1 expert 68"."""
+    """Return the short name of a scalar, an expert, a row or a neuron.
+
+    Examples: "L11 [507, 1229]", "L1 expert 68", "L3 row 39".
+    """
     expert = one.get("expert")
     aside = "" if expert is None else f" expert {expert}"
     place = f" [{one.get('row')}, {one.get('col')}]" if "col" in one else ""
+    if one.get("number") is not None:
+        place = f" {read_text(one, 'kind')} {one.get('number')}"
     return f"L{one.get('layer')}{aside}{place}"
 
 

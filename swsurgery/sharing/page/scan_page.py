@@ -100,6 +100,17 @@ def render_scan(subject: str, document: Document) -> Page:
 
 
 def _describe(document: Document, experts: bool) -> Markup:
+    """Return the answer of a scan, followed by the rows, neurons and experts that the causal test found needed."""
+    needed = [one for one in read_maps(document, "parts") if read_text(one, "verdict").startswith("needed")]
+    answer = _describe_found(document, experts)
+    if not needed:
+        return answer
+    names = join([make_code(format_short_name(one)) for one in needed[:8]], ", ")
+    more = f" and {len(needed) - 8} more" if len(needed) > 8 else ""
+    return join([answer, " Needed parts: ", names, more, "."])
+
+
+def _describe_found(document: Document, experts: bool) -> Markup:
     found = read_maps(document, "super_experts" if experts else "super_weights")
     noun = "super expert" if experts else "super weight"
     answer = read_text(document, "answer")
@@ -268,7 +279,7 @@ def _show_misses(document: Document) -> list[Markup]:
     ]
     inert = [
         f"{format_short_name(one)}: {read_text(one, 'verdict')}, perplexity x{format_figure(ratio)} without it"
-        for one in [*_list_scalars(document), *read_maps(document, "experts")]
+        for one in [*_list_scalars(document), *read_maps(document, "experts"), *read_maps(document, "parts")]
         if read_text(one, "verdict") in ("inert", "untested")
         and (ratio := read_number(one, "alone", "ratio")) is not None
     ]
