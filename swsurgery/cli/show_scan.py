@@ -35,6 +35,7 @@ from swsurgery.scanning.report import (
     Confirmation,
     Scan,
     Sweep,
+    Trial,
 )
 from swsurgery.storage.coordinate import Coordinate
 from swsurgery.storage.numbers import format_number, format_ratio
@@ -235,7 +236,7 @@ def _print_confirmation(confirmation: Confirmation) -> None:
     print_columns(
         _format_places([trial.candidate for trial in trials])
         | format_trials(trials)
-        | {"": [None if trial.listed else "companion" for trial in trials]}
+        | {"": [_describe_kind(trial) for trial in trials]}
     )
     print_text(f"\ntogether  {format_effect(confirmation.together)}")
     for joint in confirmation.joint_sets:
@@ -249,6 +250,12 @@ def _print_confirmation(confirmation: Confirmation) -> None:
             f"{format_ratio(min(confirmation.null))} to {format_ratio(max(confirmation.null))}"
         )
     print_measured(confirmation)
+
+
+def _describe_kind(trial: Trial) -> str | None:
+    """Describe a tested scalar that creates no activation itself; None for any other."""
+    removes = trial.candidate.role == "removes"
+    return "removes an activation" if removes else None if trial.listed else "companion"
 
 
 def _describe_answer(report: Scan) -> str:

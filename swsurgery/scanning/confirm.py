@@ -119,6 +119,9 @@ def confirm_windows(
     raise the loss and scalars that lower it. A companion is "untested" if its column contains fewer than three other
     large scalars.
 
+    A candidate with the role "removes" makes an activation small again. It is zeroed alone only, beside the same null
+    scalars, and its verdict is "needed alone", "inert" or "untested".
+
     `say` receives a line for the user if the text is too short, if null scalars raise a bar, if a companion gets no
     verdict, if zeroing a companion lowers the loss, or if a null scalar is critical.
 
@@ -128,17 +131,18 @@ def confirm_windows(
     """
     refuse_untestable(candidates, windows)
     suspects = choose_suspects(model.checkpoint, candidates, nulls, seed)
-    layers = {candidate.coordinate.tensor: candidate.layer for candidate in suspects.tested}
+    every = [*suspects.tested, *suspects.removers]
+    layers = {candidate.coordinate.tensor: candidate.layer for candidate in every}
     losses = Losses[Coordinate](
         model,
         windows,
         lambda name: layers[name.tensor],
         lambda name: (name,),
         # Zeroing a scalar that is zero has no effect at all, so such scalars are left out of every set.
-        frozenset(candidate.coordinate for candidate in suspects.tested if candidate.value == 0),
+        frozenset(candidate.coordinate for candidate in every if candidate.value == 0),
     )
     enough = len(losses.scored) >= LEAST_WINDOWS
-    doses = choose_doses(model.checkpoint, suspects.together) if enough else {}
+    doses = choose_doses(model.checkpoint, suspects.together) if enough and suspects.together else {}
     losses.measure(suspects.groups(), progress, doses)
     if not enough:
         report_too_few_windows(losses, say)
@@ -152,10 +156,13 @@ def confirm_windows(
     _report_companions(losses, suspects, bars, say)
     judged = [name for name in suspects.names if name not in bars.unjudged]
     alone = find_clear(losses, {name: (frozenset({name}), ()) for name in judged}, bars.alone)
+    # A family of tests of their own, so that removers do not make the verdicts on candidates stricter.
+    removing = {candidate.coordinate: (frozenset({candidate.coordinate}), ()) for candidate in suspects.removers}
+    alone |= find_clear(losses, removing, bars.alone)
     judge = _Judge(losses, bars, alone, core.union(*joint), enough)
     together = suspects.together
     return Confirmation(
-        trials=tuple(judge.try_out(candidate, together) for candidate in suspects.tested),
+        trials=tuple(judge.try_out(candidate, together) for candidate in every),
         together=losses.effect(together),
         joint_sets=tuple(
             JointSet(tuple(sorted(group, key=suspects.names.index)), losses.effect(group)) for group in joint
@@ -186,14 +193,14 @@ class _Judge:
 
     def try_out(self, candidate: Candidate, together: Zeroed) -> Trial:
         """Make the report of the test of one scalar. `together` contains all candidates that a detector lists."""
-        name = candidate.coordinate
-        others = together - {name}
+        name, removes = candidate.coordinate, candidate.role == "removes"
+        others = frozenset[Coordinate]() if removes else together - {name}
         return Trial(
             candidate,
             alone=self.losses.effect(frozenset({name})),
             without=self.losses.effect(others) if others else None,
             verdict=self._decide(name),
-            listed=name in together,
+            listed=removes or name in together,
         )
 
     def _decide(self, name: Coordinate) -> Verdict:

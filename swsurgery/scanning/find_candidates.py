@@ -44,7 +44,7 @@ def find_candidates(
             found = _scan_activations(checkpoint, prompts, options, reporter)
         else:
             found = _scan_weights(checkpoint, reporter)
-    if confirm and found.candidates:
+    if confirm and (found.candidates or found.removers):
         found = _confirm(found, checkpoint, options, reporter)
     return _confirm_parts(found, checkpoint, options, reporter) if confirm and found.activations else found
 
@@ -109,8 +109,9 @@ def _confirm(found: Scan, checkpoint: Checkpoint, options: RunOptions, reporter:
 
     said: list[str] = []
     progress = Rounds(reporter, "confirmation round")
+    suspects = (*found.candidates, *found.removers)
     with add_remedy("leave out --confirm"):
-        confirmation = confirm(checkpoint, found.candidates, progress=progress, say=said.append, **options.on_text)
+        confirmation = confirm(checkpoint, suspects, progress=progress, say=said.append, **options.on_text)
     return dataclasses.replace(found, confirmation=confirmation, notes=(*found.notes, *said))
 
 

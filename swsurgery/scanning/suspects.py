@@ -141,7 +141,8 @@ class Suspects:
     contains random scalars for comparison, and `crowded` the null scalars that are also zeroed together with all
     candidates. `minor` contains the scalars that may have an effect only because the input of their column is large.
     `columns` contains, for each column of a minor scalar, other large scalars of the column for comparison. `pairs`
-    contains the pairs that are tested as joint sets.
+    contains the pairs that are tested as joint sets. `removers` contains the scalars that remove an activation. Each of
+    them is zeroed alone, and in no other set.
     """
 
     tested: list[Candidate]
@@ -151,6 +152,7 @@ class Suspects:
     columns: dict[Column, list[Coordinate]]
     minor: set[Coordinate]
     pairs: list[Zeroed]
+    removers: list[Candidate] = dataclasses.field(default_factory=list)
 
     @property
     def names(self) -> list[Coordinate]:
@@ -162,7 +164,8 @@ class Suspects:
 
     def groups(self) -> list[Zeroed]:
         """List the sets of scalars that are zeroed first. Larger joint sets are chosen from their results."""
-        groups = [frozenset({name}) for name in (*self.names, *self.null)]
+        removers = [candidate.coordinate for candidate in self.removers]
+        groups = [frozenset({name}) for name in (*self.names, *removers, *self.null)]
         for name in self.names:
             groups += [self.together | {name}, self.together - {name}]
         groups += [*self.pairs, *(self.together | {scalar} for scalar in self.crowded)]
@@ -174,10 +177,13 @@ class Suspects:
 
 def choose_suspects(checkpoint: Checkpoint, candidates: Sequence[Candidate], nulls: int, seed: int) -> Suspects:
     """Choose all scalars that the causal test zeroes; `nulls` null scalars are drawn with `seed`. Raises ShardError."""
-    listed = list({candidate.coordinate: candidate for candidate in candidates}.values())
-    matrices = find_projections(checkpoint, listed)
-    tested = listed + find_companions(listed, matrices)
-    null = draw_nulls(listed, tested, matrices, nulls, seed)
+    unique = list({candidate.coordinate: candidate for candidate in candidates}.values())
+    removers = [candidate for candidate in unique if candidate.role == "removes"]
+    listed = [candidate for candidate in unique if candidate.role != "removes"]
+    matrices = find_projections(checkpoint, unique)
+    apart = {candidate.coordinate for candidate in removers}
+    tested = listed + [c for c in find_companions(listed, matrices) if c.coordinate not in apart]
+    null = draw_nulls(unique, tested + removers, matrices, nulls, seed)
     together = frozenset(candidate.coordinate for candidate in listed)
     count = min(CONTEXT_NULLS, len(null)) if len(tested) > 1 else 0
     return Suspects(
@@ -188,6 +194,7 @@ def choose_suspects(checkpoint: Checkpoint, candidates: Sequence[Candidate], nul
         columns=choose_column_rows(listed, tested, matrices),
         minor=find_minor_scalars(listed, tested),
         pairs=_choose_pairs(tested, together),
+        removers=removers,
     )
 
 

@@ -9,11 +9,12 @@ import hybrids
 import pytest
 import torch
 from hybrids import CHANNEL, FAMILIES, PLANTABLE, SEQUENCES, build, plant_recurring, show_states
-from planted import opened
+from planted import opened, weights_of
 
 from swsurgery.checkpoint.attention_layers import find_attention_layers
 from swsurgery.cli.show_scan import show_scan
 from swsurgery.scanning.by_activations import scan_sequences
+from swsurgery.scanning.confirm import confirm_windows
 from swsurgery.sharing.page.scan_page import render_scan
 
 
@@ -94,7 +95,7 @@ def test_zeroed_creators_leave_nothing(tmp_path):
     model = build("bamba", 2)
     planted = plant_recurring(model, "bamba")
     for place in planted.creators:
-        hybrids.weights_of(model, place)[2].zero_()
+        weights_of(model, place)[2].zero_()
     report = scan_sequences(opened(model, tmp_path), SEQUENCES)
     assert (report.candidates, report.removers, report.activations) == ((), (), ())
 
@@ -142,3 +143,38 @@ def test_the_planted_states_are_large_and_brief(scanned):
         assert max(states[layer] for layer in [p.layer for p in planted.removers]) < 1
         assert min(states[layer] for layer in [p.layer for p in planted.creators]) > 300
         assert torch.tensor(states).isfinite().all()
+
+
+def compute_perplexity(model, windows):
+    with torch.no_grad():
+        ids = torch.tensor(windows)
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].double()
+        return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).exp())
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_the_causal_test_zeroes_a_remover_alone(alone, tmp_path):
+    """The effect of zeroing it is that of transformers' own model without the scalar."""
+    model = build("lfm2", 1)
+    planted = plant_recurring(model, "lfm2")
+    layered = opened(model, tmp_path)
+    report = scan_sequences(layered, SEQUENCES)
+    dice = torch.Generator().manual_seed(0)
+    windows = [[hybrids.TRIGGER, *torch.randint(4, 32, (15,), generator=dice).tolist()] for _ in range(8)]
+    tested = report.removers if alone else (*report.candidates, *report.removers)
+    found = confirm_windows(layered, tested, windows, nulls=4)
+    trials = [trial for trial in found.trials if trial.candidate.role == "removes"]
+    assert [trial.candidate for trial in trials] == list(report.removers)
+    assert all(trial.listed and trial.without is None for trial in trials)
+    base = compute_perplexity(model, windows)
+    for place, trial in zip(planted.removers, trials, strict=True):
+        weight = weights_of(model, place)[2]
+        kept = weight.clone()
+        weight.zero_()
+        assert trial.alone.ratio == pytest.approx(compute_perplexity(model, windows) / base, rel=1e-4)
+        weight.copy_(kept)
+    # The effects of removers are no part of the effect of all candidates.
+    weights = [weights_of(model, place)[2] for place in ([] if alone else planted.creators)]
+    for weight in weights:
+        weight.zero_()
+    assert found.together.ratio == pytest.approx(compute_perplexity(model, windows) / base, rel=1e-4)

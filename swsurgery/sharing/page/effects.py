@@ -111,10 +111,13 @@ def _list_part_nulls(test: Document) -> list[DotRow]:
 
 def _list_alone(document: Document) -> list[DotRow]:
     dots = []
-    for one in [*read_maps(document, "candidates"), *read_maps(document, "experts")]:
+    keys = ("candidates", "removers", "experts")
+    for one in (one for key in keys for one in read_maps(document, key)):
         verdict = read_text(one, "verdict")
         if verdict:
-            label = f"{format_short_name(one)}: {verdict}{', companion' if one.get('listed') is False else ''}"
+            kind = ", removes an activation" if read_text(one, "role") == "removes" else ""
+            kind = ", companion" if one.get("listed") is False else kind
+            label = f"{format_short_name(one)}: {verdict}{kind}"
             dots.append(_make_dot(label, read_map(one, "alone"), verdict))
     return dots
 
