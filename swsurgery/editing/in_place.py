@@ -185,6 +185,7 @@ def revert_in_place(root: Path, progress: Progress) -> tuple[str, ...]:
                 root / OWN_FILES[1],
                 "move it away",
             )
+        notes = list_reversion_notes(patched, checkpoint)
         splices = build_undo(record, checkpoint)
         names = {f.name: f.size for f in checkpoint.files}
         if wrong := [name for name, entry in record.files.items() if names.get(name) != entry.size]:
@@ -213,7 +214,7 @@ def revert_in_place(root: Path, progress: Progress) -> tuple[str, ...]:
                 own[record.undo_name] = None
             own |= previous.render_own_files() if previous else dict.fromkeys(OWN_FILES)
             _refuse_changed(checkpoint, touched)
-    return list_reversion_notes(record)
+    return notes
 
 
 def _find_directory(root: Path | Uri) -> Path:

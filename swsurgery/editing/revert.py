@@ -31,7 +31,7 @@ MAX_NOTED_FILES = 20
 class Reverted(Result):
     """The result of `revert`: the base was restored in the directory `output`.
 
-    `notes` list files that could not be restored, or edits that remain.
+    `notes` list files that could not be restored, edits that remain, or a record that was changed since the edit.
     """
 
     output: Path
@@ -77,6 +77,7 @@ def revert(
         refuse_inside(target, opened)
         record, previous = patched.record, patched.rebuild_previous()
         names = {f.name for f in opened.files}
+        notes = list_reversion_notes(patched, opened)
         if missing := [name for name in record.files if name not in names]:
             raise CheckpointError(
                 f"cannot revert, because these files are missing: {', '.join(missing)}",
@@ -101,7 +102,7 @@ def revert(
                     )
             if previous:
                 write_own_files(stage, previous, job.own_mode)
-    return Reverted(target, (*list_reversion_notes(record), *_list_left_out(record, names)))
+    return Reverted(target, (*notes, *_list_left_out(record, names)))
 
 
 def _list_left_out(record: Record, names: Iterable[str]) -> list[str]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import TYPE_CHECKING
 
 from swsurgery.checkpoint.checkpoint import Checkpoint
-from swsurgery.checkpoint.record import Record
+from swsurgery.checkpoint.record import RECORD_NAME, SUMS_NAME, Patched, Record
 from swsurgery.checkpoint.record_entries import EditRecord, RegionRecord
 from swsurgery.errors import CheckpointError, NumberError
 from swsurgery.storage.hashing import hash_file
 from swsurgery.storage.shard import Shard, open_shard
 from swsurgery.storage.splice import Splice
+from swsurgery.storage.strict_json import read_small
 
 if TYPE_CHECKING:  # these modules import numpy, which only changes of regions need
     from swsurgery.rewriting.function import Function
@@ -118,8 +120,23 @@ def _find_place(entry: RegionRecord, checkpoint: Checkpoint) -> RegionPlace | No
     return find_place(shard, entry.region, entry.dtype) if shard else None
 
 
-def list_reversion_notes(record: Record) -> tuple[str, ...]:
-    """Return notes for the user about files of the base that a reversion cannot restore."""
+def list_reversion_notes(patched: Patched, checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Return notes for the user about what a reversion cannot restore, or may restore with faults."""
+    record, notes = patched.record, []
     if record.omitted:
-        return (f"these files were not restored, because the edit left them out: {', '.join(record.omitted)}",)
-    return ()
+        notes.append(f"these files were not restored, because the edit left them out: {', '.join(record.omitted)}")
+    if record.history and _is_record_changed(patched, checkpoint):
+        what = (
+            f"{SUMS_NAME} lists another digest of {RECORD_NAME}, so the record of the earlier step may be damaged too"
+        )
+        notes.append(f"{what} (run swsurgery verify on the result)")
+    return tuple(notes)
+
+
+def _is_record_changed(patched: Patched, checkpoint: Checkpoint) -> bool:
+    """Return True if SHA256SUMS exists and does not contain the line of the record as it was read."""
+    sums = next((file.source for file in checkpoint.files if file.name == SUMS_NAME), None)
+    if sums is None:
+        return False
+    line = f"{hashlib.sha256(patched.record_raw).hexdigest()}  {RECORD_NAME}".encode()
+    return line not in read_small(sums, SUMS_NAME).splitlines()

@@ -125,6 +125,27 @@ def test_every_step_is_verified(steps):
     assert not swsurgery.verify(steps[3]).ok
 
 
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_damaged_earlier_step_is_noted_by_revert(steps, in_place):
+    """The files are restored exactly, but the damage would get a new digest in SHA256SUMS."""
+    before = (steps[2] / "model.safetensors").read_bytes()
+    assert swsurgery.revert(steps[3], steps[0].parent / "sound").notes == ()
+    record = steps[3] / "swsurgery.json"
+    record.write_text(record.read_text().replace('"swsurgery_version": "0', '"swsurgery_version": "1'))
+    output = None if in_place else steps[0].parent / "back"
+    [note] = swsurgery.revert(steps[3], output).notes
+    assert "so the record of the earlier step may be damaged too (run swsurgery verify on the result)" in note
+    assert ((output or steps[3]) / "model.safetensors").read_bytes() == before
+
+
+def test_without_digests_and_without_earlier_steps_revert_notes_nothing(steps):
+    (steps[3] / "SHA256SUMS").unlink()
+    assert swsurgery.revert(steps[3], steps[0].parent / "back").notes == ()
+    record = steps[1] / "swsurgery.json"
+    record.write_text(record.read_text().replace('"swsurgery_version": "0', '"swsurgery_version": "1'))
+    assert swsurgery.revert(steps[1]).notes == () and tree(steps[1]) == tree(steps[0])
+
+
 def test_a_damaged_record_does_not_hide_the_tensors(steps, capsys):
     (steps[1] / "swsurgery.json").write_text("{}")
     assert main(["inspect", str(steps[1])]) == 0
