@@ -78,7 +78,7 @@ def sign(
 def _sign(root: Path, key: Path, signature: Path | None, replace: bool) -> Path:
     library = _load_library()
     root = Path(os.path.realpath(root))
-    if root.is_file():
+    if os.path.isfile(root):
         raise CheckpointError("a signature covers all files of a directory", root, f"give {root.parent}")
     signature = root / SIGNATURE_NAME if signature is None else Path(os.path.abspath(signature))
     if faults := _find_links(root):
