@@ -4,9 +4,10 @@ Pure functions on text. Words from files are not trusted: they are escaped, so t
 The base's own card is quoted unchanged in a code block. As Markdown, its images, links and raw HTML would appear to be
 this repository's own.
 
-    card_fields.py    the fields of the front matter, above the text
-    card_tables.py    the tables of the text
-    card_check.py     the sanity check
+    card_fields.py      the fields of the front matter, above the text
+    card_tables.py      the tables of the text
+    card_check.py       the sanity check
+    card_activation.py  the largest activation
 
 The functions of this module combine them.
 """
@@ -19,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from swsurgery.checkpoint.record import Record
 from swsurgery.checkpoint.region_summary import count_changed
 from swsurgery.errors import pluralise
+from swsurgery.sharing.card_activation import render_largest
 from swsurgery.sharing.card_check import render_check
 from swsurgery.sharing.card_fields import REPO_ID, is_match
 from swsurgery.sharing.card_tables import (
@@ -68,6 +70,7 @@ def render_body(
         *render_known(record),
         "## The check",
         *render_check(record.check, has_figure),
+        *render_largest(record),
         *render_accepted(accepted),
         "## Verify",
         "On the Hub, or in a local copy:",
@@ -128,6 +131,7 @@ def render_patch_body(
         fence(f'import swsurgery\n\nmodel = swsurgery.load_patched("{patch_name}", "{base}")', "python"),
         "## The check",
         "\n\n".join(check),
+        *render_largest(record),
         *render_accepted(accepted),
         "## Verify and revert",
         fence(

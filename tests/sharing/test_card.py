@@ -118,6 +118,34 @@ def test_the_check_and_what_was_accepted_stand_in_the_card():
     assert "Verdict: **failed**" in failed
 
 
+def test_the_largest_activation_stands_in_the_card_beside_the_published_one():
+    """The published value is the one that `lookup gemma-2b` prints."""
+    peak = {"layer": 1, "token": 0, "channel": 2533, "value": -2622.5, "window": 3}
+    check = FORWARD | {
+        "base": FORWARD["base"] | {"super_activation": peak},
+        "patched": FORWARD["patched"] | {"super_activation": peak | {"value": None, "layer": 30}},
+    }
+    base = BaseRecord(repo_id="google/gemma-2b", revision=COMMIT, named_by="cache")
+    made = record(check=check, base=base)
+    for body in (
+        split(rendered(made))[1],
+        card.render_patch_body(made, "org/patch", b"version: 1\n", "edit.patch", 10),
+    ):
+        assert table(body, "Largest activation") == [
+            ["model", "value", "layer", "token", "channel"],
+            ["base", "-2622.5", "1", "0", "2533"],
+            ["patched", "not finite", "30", "0", "2533"],
+        ]
+        assert "Published for `google/gemma-2b`: -2,992 in layer 11 (hidden state)" in body.replace("\\", "")
+
+
+def test_the_card_has_no_largest_activation_that_was_neither_measured_nor_published():
+    assert "Largest activation" not in rendered(record())
+    known = record(base=BaseRecord(repo_id="google/gemma-2b", revision=COMMIT, named_by="cache"))
+    section = split(rendered(known))[1].split("## Largest activation")[1].split("\n## ")[0]
+    assert section.strip().startswith("Published for") and "|" not in section
+
+
 def test_how_to_verify_and_to_revert_and_the_manifest_stand_in_blocks():
     _, body = split(rendered(record(), manifest=b"version: 1\nbase: {path: ```x}\n"))
     blocks = [token.content for token in tokens(body) if token.type == "fence"]

@@ -1,0 +1,51 @@
+"""Render the largest activation of base and patched model for a card, beside the published value of the base.
+
+The measured values are those of the record's check. The published value is that of the shipped table of known models,
+so that the card does not depend on entries that the publisher saved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from swsurgery.checkpoint.record import Record
+from swsurgery.known.shipped import find_shipped_by_repo
+from swsurgery.known.table import describe_max_activation
+from swsurgery.sharing.markdown import escape, render_code, render_table
+from swsurgery.storage.numbers import NO_COMMAS, format_number
+
+_HEADER = ("model", "value", "layer", "token", "channel")
+
+
+def render_largest(record: Record) -> list[str]:
+    """Render the section about the largest activation; nothing if none was measured or published."""
+    rows = [row for side in ("base", "patched") if (row := _make_row(side, record.check))]
+    published = _describe_published(record)
+    if not rows and not published:
+        return []
+    measured = ["The largest hidden state after any layer, on the text of the check:", render_table(_HEADER, rows)]
+    return ["## Largest activation", *(measured if rows else []), *published]
+
+
+def _make_row(side: str, check: Mapping[str, Any]) -> list[str] | None:
+    """Return the cells for one side of a check; None if the check has no largest hidden state of this side."""
+    figures = check.get(side)
+    peak = figures.get("super_activation") if isinstance(figures, dict) else None
+    if not isinstance(peak, dict):
+        return None
+    value = peak.get("value")
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    # A check stores None for a value that is not finite.
+    written = "not finite" if value is None else format_number(value, 6, NO_COMMAS) if is_number else render_code(value)
+    return [side, written, *(render_code(peak.get(key)) for key in _HEADER[2:])]
+
+
+def _describe_published(record: Record) -> list[str]:
+    """Describe the published largest activation of the base's repository, if the shipped table has one."""
+    name = record.base.repo_id
+    model = find_shipped_by_repo(name) if isinstance(name, str) else None
+    if model is None or model.max_activation is None:
+        return []
+    said, source = describe_max_activation(model.max_activation), model.max_activation.source
+    return [f"Published for {render_code(model.hf_id)}: {escape(said)}, by {escape(source)}."]
