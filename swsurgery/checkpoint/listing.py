@@ -45,7 +45,7 @@ def list_files(root: Folder) -> tuple[tuple[BaseFile, ...], tuple[str, ...]]:
         for entry in _scan(root, folders.pop()):
             name, mode = entry.name, entry.mode
             if not name.isprintable():
-                faults.append(f"has a name that cannot be printed: {name!r}")
+                faults.append(f"a file has a name that cannot be printed: {name!r}")
             elif name in WORKING_FILES or name == STAGE_TOKEN:
                 pass
             elif name in LEFT_OUT:

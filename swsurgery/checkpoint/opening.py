@@ -381,7 +381,7 @@ def _explain_no_directory(given: Path, path: Path) -> CheckpointError:
 
 def _list_repository(repo: RemoteTree) -> _Listing:
     """List the files of a repository. Raises CheckpointError if a file's name cannot be printed."""
-    faults = [f"has a name that cannot be printed: {name!r}" for name in repo.files if not name.isprintable()]
+    faults = [f"a file has a name that cannot be printed: {name!r}" for name in repo.files if not name.isprintable()]
     if faults:
         raise CheckpointError.of(f"{fault} in {repo}" for fault in format_some(sorted(faults)))
     left_out = {name.split("/")[0] for name in repo.files if "/" in name} & set(LEFT_OUT)

@@ -7,7 +7,7 @@ import inspect
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Concatenate, Literal, ParamSpec, TypeVar
 
@@ -71,6 +71,7 @@ def _make_command(
         out.variables = find_used(context)
         _choose_form(out, chosen, given)
         _restrain_libraries(out)
+        _refuse_empty(named)
         for place in places:
             named[place] = read_location(out, place, named[place])
         try:
@@ -98,6 +99,13 @@ def _choose_form(out: Output, chosen: set[str], given: frozenset[str]) -> None:
     forms = {name for name in ("json", "csv", "latex") if name in (given if asked else chosen)}
     out.json = "json" in forms
     out.table = None if out.json else "csv" if "csv" in forms else "latex" if "latex" in forms else None
+
+
+def _refuse_empty(named: Mapping[str, object]) -> None:
+    """Raise SwsurgeryError if a location is empty, because a variable of a script is unset: it would mean this folder."""
+    for name in sorted(LOCATIONS & named.keys()):
+        if named[name] == "":
+            raise SwsurgeryError(f"the name of the {name} is empty", "''", "write . for the current folder")
 
 
 def _is_given(context: typer.Context, name: str) -> bool:

@@ -6,6 +6,7 @@ This module must not compute anything or import torch.
 from __future__ import annotations
 
 import datetime
+import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -84,10 +85,11 @@ def show_applied(applied: Applied) -> None:
         if applied.written
         else f"unchanged {escape_control(str(applied.output))} (the manifest was already applied)"
     )
-    print_text(f"prove it  swsurgery verify {escape_control(str(applied.output))}")
+    output = escape_control(shlex.quote(str(applied.output)))
+    print_text(f"prove it  swsurgery verify {output}")
     needed = " --base BASE" if any(change.undo is None for change in applied.record.changes) else ""
     how = f" -o DIR{needed}" if needed or not in_place else ""
-    print_text(f"undo it   swsurgery revert {escape_control(str(applied.output))}{how}")
+    print_text(f"undo it   swsurgery revert {output}{how}")
 
 
 def show_reverted(reverted: Reverted) -> None:

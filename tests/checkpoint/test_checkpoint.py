@@ -304,7 +304,7 @@ def test_names_that_cannot_be_printed_are_refused_and_printed_escaped(single):
     (single / "turn\u202e.txt").write_text("x")
     lines = refused(single).splitlines()
     assert len(lines) == 2
-    assert all(line.startswith("has a name that cannot be printed: ") and line.isprintable() for line in lines)
+    assert all(line.startswith("a file has a name that cannot be printed: ") and line.isprintable() for line in lines)
 
 
 def test_a_long_list_of_faults_is_cut_and_counted(single):

@@ -171,3 +171,20 @@ def test_loading_torch_is_announced_and_ends_before_an_error_is_printed(no_torch
     monkeypatch.setattr(Bar, "close", lambda self: calls.append("close"))
     assert main(["scan", "base"]) != 0
     assert calls == [LOADING, "close"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("inspect", ""),
+        ("verify", ""),
+        ("check", "p", "--base", ""),
+        ("diff", "", "b"),
+        ("revert", ""),
+        ("sign", "", "--key", "k"),
+    ],
+    ids=lambda words: words[0],
+)
+def test_an_empty_location_is_not_the_current_folder(words, capsys):
+    assert main(list(words)) == 2
+    assert " is empty: '' (write . for the current folder)" in capsys.readouterr().err
