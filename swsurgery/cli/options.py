@@ -102,7 +102,7 @@ def _choose_form(out: Output, chosen: set[str], given: frozenset[str]) -> None:
 
 
 def _refuse_empty(named: Mapping[str, object]) -> None:
-    """Raise SwsurgeryError if a location is empty, because a variable of a script is unset: it would mean this folder."""
+    """Raise SwsurgeryError if a location is "": an unset variable of a script would mean the current folder."""
     for name in sorted(LOCATIONS & named.keys()):
         if named[name] == "":
             raise SwsurgeryError(f"the name of the {name} is empty", "''", "write . for the current folder")
