@@ -4,6 +4,7 @@
 # make quick   the same without slow tests and tests that need torch or the model: under a minute on two cores
 # make tasks   test the tasks of lm-evaluation-harness in an environment of their own (600 MB more)
 # make bench   measure speed and memory
+# make recall  measure how many planted super weights a scan finds (RECALL: folders of trained models, --seeds N, --quick)
 # make docs    build the documentation site into build/site, and check its links
 # make model   fetch the model of the tutorial and link it as my-model
 # make faults  inject every kind of fault, as root also on loop devices (an hour), and write docs/reliability.md
@@ -42,6 +43,9 @@ tasks: $(VENV)-tasks/.tasks $(MODEL)/config.json
 
 bench: $(VENV)/.test
 	$(BIN)/python benchmarks/run.py $(BENCH)
+
+recall: $(VENV)/.test $(MODEL)/config.json
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/recall.py --write $(RECALL) $(MODEL)
 
 # The tools of the site have an environment of their own, which needs no torch.
 docs: $(VENV)-docs/.docs
