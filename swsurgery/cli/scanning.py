@@ -53,7 +53,9 @@ def scan(
     ] = "activations",
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt to run; may be repeated.")] = None,
     confirm: Annotated[bool, typer.Option("--confirm", help="Measure the effect of zeroing each candidate.")] = False,
-    manifest: Annotated[Path | None, typer.Option(help="Write a manifest of the super weights found.")] = None,
+    manifest: Annotated[
+        Path | None, typer.Option(help="Write a manifest of the super weights and needed parts.")
+    ] = None,
     op: Annotated[
         Literal["zero", "scale", "protect"], typer.Option(help="The operation in the manifest that --manifest writes.")
     ] = "zero",

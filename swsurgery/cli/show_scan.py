@@ -22,7 +22,7 @@ from swsurgery.cli.scan_parts import (
     print_protocol,
 )
 from swsurgery.cli.show_tasks import show_tasks
-from swsurgery.errors import escape_control, pluralise
+from swsurgery.errors import escape_control, list_some, pluralise
 from swsurgery.model.intervals import LEAST_WINDOWS
 from swsurgery.model.text import describe_measured_text
 from swsurgery.scanning.activation_report import Passport, PersistentActivation
@@ -263,12 +263,22 @@ def _describe_answer(report: Scan) -> str:
         return describe_undecided(report, bool(report.candidates))
     count = len(report.super_weights)
     if report.confirmation is None or (count and not report.confirmed):
-        return f"{pluralise(count, 'candidate')}, not confirmed" if count else "none: no super weight was found"
+        return (
+            f"{pluralise(count, 'candidate')}, not confirmed"
+            if count
+            else f"none: no super weight was found{_name_parts(report)}"
+        )
     verdicts = Counter(trial.verdict for trial in report.confirmation.trials)
     tally = ", ".join(f"{verdicts[v]} {v}" for v in VERDICTS if verdicts[v])
     if not count:
-        return "none: no super weight was confirmed" + (f" ({tally})" if tally else "")
+        return f"none: no super weight was confirmed{f' ({tally})' if tally else ''}{_name_parts(report)}"
     return f"{pluralise(count, 'super weight')} confirmed ({tally})"
+
+
+def _name_parts(report: Scan) -> str:
+    """Name the rows, neurons and experts that the model needs, as the end of an answer; "" if there are none."""
+    needed = [f"{trial.candidate.name} ({trial.verdict})" for trial in report.needed_parts]
+    return f"; needed parts: {list_some(needed, 3)}" if needed else ""
 
 
 def _format_places(candidates: Sequence[Candidate]) -> Columns:

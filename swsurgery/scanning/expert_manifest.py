@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from swsurgery.errors import ManifestError
+from swsurgery.errors import ManifestError, pluralise
 from swsurgery.manifest.writer import Operation, refuse_unfit
 from swsurgery.scanning.causal_report import find_largest_ratio
 from swsurgery.scanning.expert_report import ExpertCandidate, ExpertScan, ExpertTrial
@@ -31,7 +31,8 @@ def write_expert_manifest(
     trials = {t.candidate.name: t for t in (report.expert_confirmation.trials if report.expert_confirmation else ())}
     edits = [(_describe(expert, trials.get(expert.name)), _list_fields(expert, op, factor)) for expert in found]
     ratio = find_largest_ratio(report.expert_confirmation, {expert.name for expert in found})
-    return write_found(report, edits, base, op, factor, prefix="scan-experts", noun="super expert", ratio=ratio)
+    what = pluralise(len(found), "super expert")
+    return write_found(report, edits, base, op, factor, prefix="scan-experts", what=what, ratio=ratio)
 
 
 def _list_fields(expert: ExpertCandidate, op: Operation, factor: float | None) -> dict[str, object]:

@@ -16,7 +16,7 @@ from swsurgery._version import __version__
 from swsurgery.checkpoint.architectures import ExpertChoice
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.checkpoint.projections import has_residual_rows, list_down_projections
-from swsurgery.errors import ManifestError
+from swsurgery.errors import ManifestError, pluralise
 from swsurgery.known import schema
 from swsurgery.known.table import LARGE_RATIO, UNDECIDED_NOTE, describe
 from swsurgery.manifest.load import parse_manifest
@@ -24,6 +24,7 @@ from swsurgery.manifest.writer import Operation, is_gentle, list_edit_fields, re
 from swsurgery.model.text import describe_measured_text
 from swsurgery.scanning.causal_report import Effect, find_largest_ratio
 from swsurgery.scanning.coverage import list_stored_layers
+from swsurgery.scanning.part_manifest import choose_parts, list_part_edits
 from swsurgery.scanning.report import Candidate, Confirmation, Scan, Trial
 from swsurgery.storage.coordinate import Coordinate
 from swsurgery.storage.numbers import format_number, round_number
@@ -74,17 +75,17 @@ def make_known_entry(
 
 
 def scan_manifest(report: Scan, *, base: Mapping[str, str | None], op: Operation, factor: float | None = None) -> str:
-    """Return the YAML text of a manifest that applies `op` to the super weights that a scan found.
+    """Return the YAML text of a manifest that applies `op` to the super weights and the needed parts of a scan.
 
-    Each edit states the stored value as its `expect`. `base` contains the fields of the manifest's base: `path`
-    (absolute, or relative to the manifest), or `repo_id` and `revision`. If `op` is "zero" and zeroing multiplied the
-    perplexity by at least `LARGE_RATIO` in the causal test, the manifest's sanity check requires that perplexity rises.
-    Raises ManifestError if the scan found nothing, if `factor` does not fit `op`, or if `base` is not valid in a
-    manifest.
+    Each edit of a scalar states the stored value as its `expect`. `choose_parts` chooses the parts. `base` contains the
+    fields of the manifest's base: `path` (absolute, or relative to the manifest), or `repo_id` and `revision`. If `op`
+    is "zero" and zeroing multiplied the perplexity by at least `LARGE_RATIO` in a causal test, the manifest's sanity
+    check requires that perplexity rises. Raises ManifestError if the scan found nothing, if `factor` does not fit `op`,
+    or if `base` is not valid in a manifest.
     """
     refuse_unfit(op, factor)
-    found = report.super_weights
-    if not found:
+    found, parts = report.super_weights, choose_parts(report)
+    if not found and not parts:
         tested = f"all {len(report.candidates)} candidates are inert" if report.candidates else "there is no candidate"
         if report.unread:
             tested += f", and {len(report.unread)} layers were not read"
@@ -97,9 +98,19 @@ def scan_manifest(report: Scan, *, base: Mapping[str, str | None], op: Operation
         )
         for c in found
     ]
-    units, test = {c.coordinate for c in found}, report.confirmation
+    counted = ((len(found), "super weight"), (len(parts), "part"))
     return write_found(
-        report, edits, base, op, factor, prefix="scan", noun="super weight", ratio=find_largest_ratio(test, units)
+        report,
+        [*edits, *list_part_edits(parts, op, factor)],
+        base,
+        op,
+        factor,
+        prefix="scan",
+        what=" and ".join(pluralise(count, noun) for count, noun in counted if count),
+        ratio=max(
+            find_largest_ratio(report.confirmation, {c.coordinate for c in found}),
+            find_largest_ratio(report.part_confirmation, {t.candidate.name for t in parts}),
+        ),
     )
 
 
@@ -111,19 +122,19 @@ def write_found(
     factor: float | None,
     *,
     prefix: str,
-    noun: str,
+    what: str,
     ratio: float,
 ) -> str:
     """Write the YAML text of a manifest with one edit for each part of the model that a scan found.
 
-    An edit is its comment and its fields. The name of the manifest begins with `prefix`, and its description calls
-    each part a `noun`. `ratio` is the largest perplexity ratio measured for zeroing them. Raises ManifestError if
-    `base` is not valid in a manifest.
+    An edit is its comment and its fields. The name of the manifest begins with `prefix`. Its description calls what was
+    found `what`, such as "2 super weights". `ratio` is the largest perplexity ratio measured for zeroing them. Raises
+    ManifestError if `base` is not valid in a manifest.
     """
-    how = "found and confirmed" if report.confirmed else "found, not confirmed"
-    what = f"{len(edits)} {noun}{'s' if len(edits) > 1 else ''} that a scan by {report.method} {how}"
+    how = "found and confirmed" if report.confirmed or report.needed_parts else "found, not confirmed"
+    what = f"{what} that a scan by {report.method} {how}"
     text = write_manifest(
-        head=[f"written by swsurgery scan, version {__version__}"],
+        head=[f"written by swsurgery scan, version {__version__}", *_describe_largest(report)],
         name=f"{prefix}-{op}" + (f"-{factor:g}" if factor is not None else ""),
         description=f"{op.capitalize()} {what}" + (f" by {factor!r}" if factor is not None else ""),
         base=base,
@@ -133,6 +144,15 @@ def write_found(
     )
     parse_manifest(text.encode(), Path("the scan's manifest"))  # `base` comes from the caller and may be invalid
     return text
+
+
+def _describe_largest(report: Scan) -> list[str]:
+    """Describe the largest activation with and without BOS, if the scan ran prompts."""
+    return [
+        f"largest activation {'with' if one.bos else 'without'} BOS: {format_number(one.value)} after layer "
+        f"{one.layer}, token {one.token}, channel {one.channel}"
+        for one in (report.passport.find_extremes() if report.passport else ())
+    ]
 
 
 def _write_notes(report: Scan, found: bool, source: schema.Citation) -> Iterator[str]:

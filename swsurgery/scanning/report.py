@@ -24,7 +24,7 @@ from swsurgery.scanning.causal_report import (
     make_row,
     merge_trial,
 )
-from swsurgery.scanning.part_report import PartConfirmation
+from swsurgery.scanning.part_report import PartConfirmation, PartTrial
 from swsurgery.storage.coordinate import Coordinate
 from swsurgery.storage.result import TableResult
 
@@ -227,6 +227,12 @@ class Scan(TableResult):
             for t in self.confirmation.trials
             if t.verdict in critical or (t.verdict == "untested" and t.listed and t.candidate.role != "removes")
         )
+
+    @property
+    def needed_parts(self) -> tuple[PartTrial, ...]:
+        """The rows, neurons and experts that the causal test found needed, alone or jointly."""
+        trials = self.part_confirmation.trials if self.part_confirmation else ()
+        return tuple(trial for trial in trials if trial.verdict in ("needed alone", "needed jointly"))
 
     @property
     def confirmed(self) -> bool:

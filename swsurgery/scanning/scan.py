@@ -76,8 +76,9 @@ def scan(
     have the meaning that they have in `check`. If the directory contains several sets of weights and no record names
     one of them, `weights` and `variant` choose the set.
 
-    `manifest` is the path of a new manifest that applies `op` (with `factor`) to what was found. `plot` is the path
-    of a figure and ends in .png, .svg or .pdf. `register` is the model name under which `lookup` will find the result.
+    `manifest` is the path of a new manifest that applies `op` (with `factor`) to what was found: super weights, or
+    super experts, and the rows, neurons and experts that the causal test found needed. `plot` is the path of a figure
+    and ends in .png, .svg or .pdf. `register` is the model name under which `lookup` will find the result.
     The stored entry cites `command` as its source. Files that cannot be written are refused before the scan.
 
     Raises TypeError, HubError, CheckpointError, ArchitectureError, ManifestError, LookupFailed, ModelError,

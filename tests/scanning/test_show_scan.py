@@ -10,6 +10,7 @@ import pytest
 from swsurgery.cli.show_scan import show_scan, show_sweep
 from swsurgery.scanning.activation_report import PersistentActivation
 from swsurgery.scanning.causal_report import Effect
+from swsurgery.scanning.part_report import MlpPart, PartConfirmation, PartName, PartTrial
 from swsurgery.scanning.report import (
     Candidate,
     ColumnNull,
@@ -322,3 +323,22 @@ def test_a_sweep_is_listed_by_factor_with_the_base_once(lines):
     assert lines(SWEEP) == wanted
     swept = tuple(point for point in SWEEP.points if point.factor != 1)
     assert lines(dataclasses.replace(SWEEP, points=swept)) == wanted, "the base is shown where it was not swept"
+
+
+def test_the_answer_names_needed_parts_if_there_is_no_scalar(capsys):
+    ratio = Effect(1.85, 1.39, 2.48, 0.6)
+    parts = [MlpPart(PartName("expert", 4, expert, None), (25,), 30.0) for expert in (5, 6)]
+    fields = {key: value for key, value in vars(CONFIRMED.confirmation).items() if key not in ("column_nulls", "doses")}
+    test = PartConfirmation(
+        **fields | {"joint_sets": (), "null": ()}
+        | {"trials": (PartTrial(parts[0], ratio, INERT, "needed alone"), PartTrial(parts[1], INERT, ratio, "inert"))}
+    )  # fmt: skip
+    show_scan(dataclasses.replace(SCAN, candidates=(), part_confirmation=test))
+    needed = "; needed parts: layer 4 expert 5 (needed alone)"
+    assert f"answer    none: no super weight was found{needed}\n" in capsys.readouterr().out
+    inert = (Trial(MAKER, INERT, None, "inert"),)
+    tested = dataclasses.replace(CONFIRMED.confirmation, trials=inert, joint_sets=())
+    show_scan(dataclasses.replace(SCAN, candidates=(MAKER,), confirmation=tested, part_confirmation=test))
+    assert f"none: no super weight was confirmed (1 inert){needed}\n" in capsys.readouterr().out
+    show_scan(dataclasses.replace(CONFIRMED, part_confirmation=test))
+    assert "needed parts" not in capsys.readouterr().out
