@@ -281,3 +281,12 @@ def test_the_style_sheets_are_part_of_the_package():
 def test_documents_are_strict_json():
     for _, document in DOCUMENTS.values():
         json.dumps(document, allow_nan=False)
+
+
+def test_a_check_without_a_bound_is_not_called_ok():
+    document = DOCUMENTS["check"][1]
+    loose = document | {"bounds": dict.fromkeys(document["bounds"]), "failures": []}
+    page = render_page("check", "x", loose).decode()
+    assert "No bound was set." in page and ">OK<" not in page
+    bound = loose | {"bounds": document["bounds"] | {"max_perplexity_ratio": 9.0}}
+    assert ">OK<" in render_page("check", "x", bound).decode()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import isfinite
 
 from swsurgery.errors import pluralise
 from swsurgery.sharing.page.edit_page import render_record
@@ -29,6 +30,7 @@ from swsurgery.sharing.page.values import (
     read_number,
     read_text,
     read_texts,
+    show_interval,
     show_number,
     show_ratio,
     show_value,
@@ -144,16 +146,17 @@ def _show_effects(model: Document, coordinates: Sequence[Document]) -> Markup:
         [
             make_code(name) if name else "model",
             read_text(effect, "protocol"),
-            read_text(effect, "metric"),
+            read_text(effect, "metric").replace("_", " "),
             *(show_number(effect.get(key)) for key in ("before", "after")),
             show_ratio(effect.get("ratio")),
+            show_interval(*(read_list(effect, "ci95") or [None, None])[:2]),
             read_text(effect, "note") or None,
             _describe(effect.get("source")),
         ]
         for name, effect in named
         if not _list_curves(effect)
     ]
-    header = ("of", "protocol", "metric", "before", "after", "ratio", "note", "source")
+    header = ("of", "protocol", "metric", "before", "after", "ratio", "95% interval", "note", "source")
     return make_table(header, rows, numeric=(3, 4, 5))
 
 
@@ -204,7 +207,11 @@ def _describe(value: object) -> str:
 
 
 def _describe_effect(effect: Document) -> str:
+    """Describe a measurement, such as "wikitext2 ppl 5.67 to 1211 x213.6 (in F16)"."""
     ratio = read_number(effect, "ratio")
-    figures = " to ".join(n for key in ("before", "after") if (n := show_number(effect.get(key))))
-    parts = [read_text(effect, "protocol"), read_text(effect, "metric"), figures, show_ratio(ratio) if ratio else ""]
+    after = read_text(effect, "after") or show_number(effect.get("after"))
+    figures = " to ".join(n for n in (show_number(effect.get("before")), after) if n)
+    times = show_ratio(ratio) if ratio and isfinite(ratio) else ""
+    note = read_text(effect, "note")
+    parts = [read_text(effect, "metric").replace("_", " "), figures, times, f"({note})" if note else ""]
     return " ".join(part for part in parts if part)

@@ -17,7 +17,7 @@ from swsurgery.sharing.page.known_page import render_lookup
 from swsurgery.sharing.page.markup import Markup, escape, join, make_tag
 from swsurgery.sharing.page.parts import Page
 from swsurgery.sharing.page.scan_page import render_scan
-from swsurgery.sharing.page.values import Document, read_texts
+from swsurgery.sharing.page.values import Document, read_map, read_texts
 from swsurgery.sharing.page.verify_page import render_verification
 
 MAX_PAGE = 300_000
@@ -29,10 +29,14 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-a
 
 def _render_check(subject: str, document: Document) -> Page:
     effect = describe_effect(document)
-    failed = bool(read_texts(document, "failures"))
-    verdict = make_tag("span", "FAILED" if failed else "OK", class_="bad" if failed else "good")
-    words = f": {effect}." if effect else ": the model ran. There was no base to compare it with."
-    return Page(f"Check of {subject}", join([verdict, words]), tuple(show_check(document)))
+    words = f"{effect}." if effect else "the model ran. There was no base to compare it with."
+    if not read_texts(document, "failures") and not any(read_map(document, "bounds").values()):
+        answer = join([words[:1].upper(), words[1:], " No bound was set." if effect else ""])
+    else:
+        failed = bool(read_texts(document, "failures"))
+        verdict = make_tag("span", "FAILED" if failed else "OK", class_="bad" if failed else "good")
+        answer = join([verdict, ": ", words])
+    return Page(f"Check of {subject}", answer, tuple(show_check(document)))
 
 
 PAGES: dict[str, Callable[[str, Document], Page]] = {
