@@ -37,6 +37,8 @@ def make_load_error(error: Exception, directory: Path) -> Unrunnable:
     """Make the error for an exception that transformers raised while it loaded the model in `directory`."""
     if is_memory_shortage(error):
         return Unrunnable("not enough memory to load the model", directory, "free memory, or raise the limit on memory")
+    if "can't start new thread" in str(error):
+        return Unrunnable("cannot start a thread to load the model", directory, "raise the limit on processes")
     return Unrunnable(
         f"transformers cannot load the model: {get_first_line(error)}",
         directory,

@@ -105,3 +105,20 @@ def test_an_error_of_torch_is_reported_instead_of_the_errors_that_it_causes(pair
     )  # fmt: skip
     assert (run.returncode, run.stdout) == (2, "") and "Traceback" not in run.stderr
     assert "swsurgery: not enough memory: torch cannot be loaded (raise the limit on memory" in run.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+            "not enough memory to load the model: m (free memory",
+        ),
+        (RuntimeError("can't start new thread"), "cannot start a thread to load the model: m (raise the limit"),
+    ],
+    ids=["memory", "threads"],
+)
+def test_a_shortage_is_no_fault_of_the_config(error: Exception, line: str) -> None:
+    from swsurgery.model.load_errors import make_load_error
+
+    assert str(make_load_error(error, Path("m"))).startswith(line)
