@@ -63,7 +63,8 @@ class Cause:
         if self.kind == "neuron":
             return f"{matrix} neuron {self.cols[0]}"
         if self.kind == "row":
-            return f"{matrix} row {self.row} ({self.half} scalars make half)"
+            several = "1 scalar makes" if self.half == 1 else f"{self.half} scalars make"
+            return f"{matrix} row {self.row} ({several} half)"
         if self.kind == "expert":
             shares = ", ".join(f"{one.expert} ({one.share:.2f})" for one in self.experts)
             return f"{where} expert{'s' if len(self.experts) > 1 else ''} {shares}"
