@@ -73,17 +73,17 @@ sys.exit(main(["check", sys.argv[1], "--device", "cpu"]))
 
 
 def test_a_signal_during_the_imports_ends_the_command_at_once(pair: Pair, tmp_path: Path) -> None:
-    """The import of torch sends the signal and continues for a minute, but nothing waits for it."""
+    """The import of torch sends the signal and continues for ten minutes, but nothing waits for it."""
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch" / "__init__.py").write_text(
-        "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n"
+        "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(600)\n"
     )
     begin = time.monotonic()
     run = subprocess.run(
         [sys.executable, "-c", ENTRY.format(folder=str(tmp_path)), "check", str(pair.base), "--device", "cpu"],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
-    assert (run.returncode, run.stdout) == (130, "") and time.monotonic() - begin < 30
+    assert (run.returncode, run.stdout) == (130, "") and time.monotonic() - begin < 300
     assert run.stderr.splitlines()[-1] == "swsurgery: interrupted: SIGINT (nothing was left behind)"
     assert "Traceback" not in run.stderr
 
