@@ -419,7 +419,7 @@ def test_nothing_reads_codes_as_weights(tmp_path: Path, tensors, capsys):
     """Scanning, sweeping, inspecting, streaming and the checks of a loaded model ask the same rule."""
     from swsurgery.checkpoint.projections import find_down_projection
     from swsurgery.model.weight_plan import _locate_part
-    from swsurgery.scanning.by_activations import _read_row
+    from swsurgery.scanning.causes import Decomposer
     from swsurgery.scanning.factors import compute_scaled_values
     from swsurgery.storage.coordinate import Coordinate
 
@@ -433,7 +433,7 @@ def test_nothing_reads_codes_as_weights(tmp_path: Path, tensors, capsys):
     with pytest.raises(ModelError, match=f"quantised: .* {scale}"):
         _locate_part(down(0), 0, checkpoint)
     with pytest.raises(ModelError, match=f"quantised: .* {scale}"):
-        _read_row(checkpoint, find_down_projection(checkpoint.config, checkpoint.shapes, 0), 1)
+        Decomposer(checkpoint)._fetch_row(find_down_projection(checkpoint.config, checkpoint.shapes, 0), 1)
     assert scale in inspect.inspect(root, down(0), "1,2").to_json()["note"]
     assert main(["inspect", str(root), "--tensor", down(0), "--at", "1,2"]) == 0
     meaning = "its elements are multiplied by" if "weight_" in scale else "what its codes mean depends on"

@@ -397,7 +397,7 @@ def test_a_shard_with_a_second_name_is_refused_and_another_file_with_one_is_not(
     line = refused(manifest, base)
     assert line == (
         f"the file has 2 hard links, so the edit would also change it under its other names: {base / SECOND} "
-        "(apply with -o)"
+        "(write a copy with -o)"
     )
     (tmp_path / "peer").unlink()
     os.link(base / FIRST, tmp_path / "peer")  # it is not written
