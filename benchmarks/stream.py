@@ -63,7 +63,8 @@ class Clock(Silent):
     def advance(self, n):
         self.layers.append((time.perf_counter(), n))
 PLACE = Coordinate("model.layers.2.mlp.down_proj.weight", (17, 90))
-for thread in wake.start_device(device, torch.float16):  # the product does this during the imports
+size = sum(file.stat().st_size for file in folder.iterdir())
+for thread in wake.start_device(device, torch.float16, size):  # the product does this during the imports
     thread.join()
 begin = time.perf_counter()
 model = load.open_model(open_checkpoint(folder), device=device, placement="streamed", say=sys.exit)

@@ -59,7 +59,7 @@ def start_up_and_tokenize(
         tokenized = pool.submit(tokenize)
         threads = min(MOST_THREADS, len(os.sched_getaffinity(0)) // 2)
         read_ahead([shard.file for shard in checkpoint.shards.values()], max(1, threads))
-        _wait_for_imports(pool, device, _find_dtype(checkpoint))
+        _wait_for_imports(pool, checkpoint, device)
         from swsurgery.model import load
 
         with load.explain_tokenizer(checkpoint.directory):
@@ -73,14 +73,14 @@ def _find_dtype(checkpoint: Checkpoint) -> str:
     return next((info.dtype.name for shard in checkpoint.shards.values() for info in shard.tensors.values()), "F32")
 
 
-def _wait_for_imports(pool: Pool, device: str, dtype: str) -> None:
+def _wait_for_imports(pool: Pool, checkpoint: Checkpoint, device: str) -> None:
     """Import torch and transformers on two threads, because much of the time is spent on finding and reading files.
 
-    `dtype` is the stored dtype for whose layers the device is made ready. The main thread only waits: a signal that
-    arrives within an import can be lost, or leave a lock of the import system locked. Raises Unrunnable if a library is
-    broken, or if the memory is insufficient.
+    The device is made ready for the layers of `checkpoint`. The main thread only waits: a signal that arrives within an
+    import can be lost, or leave a lock of the import system locked. Raises Unrunnable if a library is broken, or if the
+    memory is insufficient.
     """
-    errors = [pool.submit(_import_torch, device, dtype), pool.submit(_import_transformers)]
+    errors = [pool.submit(_import_torch, checkpoint, device), pool.submit(_import_transformers)]
     for error in [future.result() for future in errors]:  # an error of torch causes others in transformers
         if error is not None and is_memory_shortage(error):
             raise Unrunnable("not enough memory", "torch cannot be loaded", "raise the limit on memory") from error
@@ -89,14 +89,15 @@ def _wait_for_imports(pool: Pool, device: str, dtype: str) -> None:
             raise Unrunnable(what, error, "install them again") from error
 
 
-def _import_torch(device: str, dtype: str) -> Exception | None:
+def _import_torch(checkpoint: Checkpoint, device: str) -> Exception | None:
     """Import torch and start CUDA. Return the error of a broken installation."""
     try:
         from swsurgery.model import wake
         from swsurgery.model.torch_dtypes import get_streamed_dtype
     except Exception as error:  # noqa: BLE001 (installed but broken: a shared library may be missing)
         return error
-    wake.start_device(device, get_streamed_dtype(dtype))
+    size = sum(shard.size for shard in checkpoint.shards.values())
+    wake.start_device(device, get_streamed_dtype(_find_dtype(checkpoint)), size)
     return None
 
 

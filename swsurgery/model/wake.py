@@ -1,4 +1,4 @@
-"""Make CUDA ready in the background, while the main thread imports transformers and builds the model.
+"""Make CUDA ready in the background, while transformers is imported and the model is built.
 
 This module imports torch, and not transformers.
 """
@@ -12,33 +12,35 @@ import torch
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from swsurgery.model.weight_reader import allocate_pinned_pieces, count_readers
+from swsurgery.model.weight_reader import allocate_pinned_pieces, compute_pinned_size, count_readers
 
 ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 """Attention kernels that torch may use. cuDNN's kernel is excluded: on an H100 it takes half a second to plan each new
 input shape. The rest of a run of a 13.5 GB model takes no longer than that."""
 
 
-def start_device(name: str, dtype: torch.dtype | None) -> list[threading.Thread]:
+def start_device(name: str, dtype: torch.dtype | None, size: int) -> list[threading.Thread]:
     """Start to make the device `name` ready on a thread, if it is a CUDA device, and return the thread in a list.
 
-    "auto" stands for CUDA if there is any. `dtype` is the dtype in which the layers will run. Errors are ignored:
-    `load.pick_device` meets them again.
+    "auto" stands for CUDA if there is any. `dtype` is the dtype in which the layers will run, and `size` is the size of
+    the stored weights in bytes. Errors are ignored: `load.pick_device` meets them again.
     """
-    threads = [threading.Thread(target=_wake_all, args=(name, dtype or torch.float32), daemon=True)]
+    threads = [threading.Thread(target=_wake_all, args=(name, dtype or torch.float32, size), daemon=True)]
     with contextlib.suppress(RuntimeError):  # if no thread can start, CUDA starts up when it is first used
         for thread in threads if name != "cpu" else ():
             thread.start()
     return [thread for thread in threads if thread.ident]
 
 
-def _wake_all(name: str, dtype: torch.dtype) -> None:
+def _wake_all(name: str, dtype: torch.dtype, size: int) -> None:
     with contextlib.suppress(RuntimeError, AssertionError):
         if not torch.cuda.is_available():
             return
         every = range(torch.cuda.device_count()) if ":" not in name else [int(name.partition(":")[2])]
-        pieces = [allocate_pinned_pieces(count_readers(len(every))) for _ in every]
-        del pieces  # torch keeps freed memory for the next request
+        readers = count_readers(len(every))
+        if size > len(every) * compute_pinned_size(readers):  # a smaller model is not streamed
+            pieces = [allocate_pinned_pieces(readers) for _ in every]
+            del pieces  # torch keeps freed memory for the next request
         for number in every:
             _load_kernels(torch.device("cuda", number), dtype)
 

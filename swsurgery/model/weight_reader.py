@@ -51,6 +51,11 @@ def count_readers(devices: int = 1) -> int:
     return max(2, min(MOST_READERS, len(os.sched_getaffinity(0)) // devices))
 
 
+def compute_pinned_size(threads: int) -> int:
+    """Return the size in bytes of the pinned memory that `threads` reading threads need."""
+    return (threads + SPARE_PIECES) * STREAM_PIECE
+
+
 def allocate_pinned_pieces(threads: int) -> list[Tensor]:
     """Allocate the pieces of pinned memory that `threads` reading threads need, of STREAM_PIECE bytes each.
 
@@ -145,9 +150,10 @@ class WeightReader:
 
     def __init__(self, devices: Sequence[torch.device]):
         self._files = _Files()
-        self._switch = sys.getswitchinterval()
-        if any(device.type == "cuda" for device in devices):
-            sys.setswitchinterval(min(self._switch, SWITCH_SECONDS))
+        self._switch: float | None = None  # the former value, if this reader changed it
+        if any(device.type == "cuda" for device in devices) and sys.getswitchinterval() > SWITCH_SECONDS:
+            self._switch = sys.getswitchinterval()
+            sys.setswitchinterval(SWITCH_SECONDS)
         distinct = list(dict.fromkeys(devices))
         self._lanes = {device: _Lane(device, self._files, count_readers(len(distinct))) for device in distinct}
 
@@ -164,7 +170,8 @@ class WeightReader:
         """Wait until the copies are complete, end the threads and close the shards."""
         for lane in self._lanes.values():
             lane.close()
-        sys.setswitchinterval(self._switch)
+        if self._switch is not None:
+            sys.setswitchinterval(self._switch)
         self._files.close()
 
 

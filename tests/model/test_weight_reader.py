@@ -1,6 +1,7 @@
 """model/weight_reader.py: jobs are read exactly, in order, into two buffers, and errors reach the one who waits."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from swsurgery.errors import SwsurgeryError
-from swsurgery.model import weight_reader
+from swsurgery.model import wake, weight_reader
 from swsurgery.model.slots import Part, Slot
 from swsurgery.model.weight_reader import Job, Loader, WeightReader, count_readers
 from swsurgery.storage.files import LocalFile
@@ -85,3 +86,34 @@ def test_a_loader_can_be_closed_before_its_jobs_are_read(tmp_path, reader) -> No
 def test_each_device_has_readers_of_its_own(monkeypatch, cores: int, devices: int, expected: int) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
     assert count_readers(devices) == expected
+
+
+@pytest.mark.parametrize("first_closed", [0, 1])
+def test_readers_of_devices_restore_how_often_threads_take_turns(monkeypatch, first_closed: int) -> None:
+    """Two readers overlap, and are closed in either order."""
+
+    class Lane:
+        def __init__(self, *_) -> None: ...
+        def close(self) -> None: ...
+
+    monkeypatch.setattr(weight_reader, "_Lane", Lane)
+    before = sys.getswitchinterval()
+    readers = [WeightReader([torch.device("cuda", 0)]) for _ in range(2)]
+    assert sys.getswitchinterval() == pytest.approx(weight_reader.SWITCH_SECONDS)
+    readers.pop(first_closed).close()
+    readers.pop().close()
+    assert sys.getswitchinterval() == before
+
+
+@pytest.mark.parametrize(("size", "allocated"), [(1 << 40, [2, 2]), (1 << 20, [])])
+def test_memory_is_pinned_only_for_a_model_that_is_larger(monkeypatch, size: int, allocated: list[int]) -> None:
+    pinned, ready = [], []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(wake, "count_readers", lambda devices: devices)
+    monkeypatch.setattr(wake, "allocate_pinned_pieces", pinned.append)
+    monkeypatch.setattr(wake, "_load_kernels", lambda device, dtype: ready.append((device.index, dtype)))
+    for thread in wake.start_device("cuda", torch.float16, size):
+        thread.join()
+    assert pinned == allocated
+    assert ready == [(0, torch.float16), (1, torch.float16)]
