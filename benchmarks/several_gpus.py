@@ -54,7 +54,7 @@ def main() -> None:
     print("\n".join(lines))
     if options.write:
         replace_section("Several GPUs", lines, PAGE)
-    shutil.rmtree(options.work)
+    shutil.rmtree(folder)
 
 
 def count_gpus() -> int:
