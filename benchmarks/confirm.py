@@ -93,7 +93,8 @@ from swsurgery.checkpoint.opening import open_checkpoint
 from swsurgery.checkpoint.projections import locate
 from swsurgery.model import load
 from swsurgery.model.forward import LayeredModel
-from swsurgery.scanning.confirm import confirm_windows
+from swsurgery.scanning.causal_test import CausalOptions
+from swsurgery.scanning.confirm import confirm_scalars
 from swsurgery.scanning.report import Candidate
 from swsurgery.storage.dtypes import decode
 mark("imports")
@@ -126,7 +127,7 @@ LayeredModel.run = note
 with load.hide_output():
     model = load.open_model(checkpoint, device=device)
     mark("loading")
-    found = confirm_windows(model, candidates, windows, nulls=nulls, progress=Phases())
+    found = confirm_scalars(model, candidates, windows, CausalOptions(nulls=nulls, progress=Phases()))
 mark("other")
 result = [found.to_json(), [trial.to_json() for trial in found.trials], [s.to_json() for s in found.joint_sets]]
 found_ppl = [found.base_perplexity] + [found.base_perplexity * trial.alone.ratio for trial in found.trials]

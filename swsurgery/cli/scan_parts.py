@@ -9,13 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from itertools import permutations
-from typing import Any
 
 from swsurgery.cli.output import print_table, print_text
 from swsurgery.cli.show import MAX_ROWS
 from swsurgery.errors import escape_control, list_some, pluralise
 from swsurgery.model.text import describe_measured_text
-from swsurgery.scanning.causal_report import CausalTest, Effect, UnitTrial
+from swsurgery.scanning.causal_report import AnyTest, Effect, Tested, UnitTrial
 from swsurgery.scanning.report import Candidate, Scan, UnreadLayer
 from swsurgery.storage.numbers import format_number, format_ratio
 
@@ -41,7 +40,7 @@ def print_notes(notes: Sequence[str]) -> None:
         print_text(f"note      {escape_control(note)}")
 
 
-def format_trials(trials: Sequence[UnitTrial[Any]]) -> Columns:
+def format_trials(trials: Sequence[UnitTrial[Tested]]) -> Columns:
     """Return the columns with the measured effects and the verdicts of a causal test."""
     return {
         "alone": [format_ratio(trial.alone.ratio) for trial in trials],
@@ -52,7 +51,7 @@ def format_trials(trials: Sequence[UnitTrial[Any]]) -> Columns:
     }
 
 
-def print_measured(test: CausalTest[Any, Any]) -> None:
+def print_measured(test: AnyTest) -> None:
     """Print the perplexity of the base, the text, the dtype and the device of a causal test."""
     print_text(
         f"measured  base perplexity {format_number(test.base_perplexity)} on "

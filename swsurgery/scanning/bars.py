@@ -35,7 +35,7 @@ class _Bar(NamedTuple):
 
 _NO_BAR = _Bar(-math.inf, -math.inf)
 
-_NULL_TEXTS = NullTexts(
+_NULL_TEXTS = NullTexts[Coordinate](
     "random scalars of similar magnitude change perplexity too",
     "random scalars have larger effects once the candidates are zeroed",
     str,

@@ -10,7 +10,7 @@ import math
 from collections.abc import Hashable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
-from typing import Any, Generic, Literal, TypeVar, get_args
+from typing import Any, Generic, Literal, TypeAlias, TypeVar, get_args
 from typing import Protocol as Interface
 
 from swsurgery.model.protocol import DEFAULT_PROTOCOL, Protocol
@@ -49,7 +49,7 @@ class Tested(Interface):
     def to_json(self) -> dict[str, Any]: ...
 
 
-TestedT = TypeVar("TestedT", bound=Tested)
+TestedT = TypeVar("TestedT", bound=Tested, covariant=True)
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,8 @@ class UnitSet(Interface):
         """The effect of zeroing all of them."""
 
 
-TrialT = TypeVar("TrialT", bound=UnitTrial[Any])
-SetT = TypeVar("SetT", bound=UnitSet)
+TrialT = TypeVar("TrialT", bound=UnitTrial[Tested], covariant=True)
+SetT = TypeVar("SetT", bound=UnitSet, covariant=True)
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,11 @@ class CausalTest(Generic[TrialT, SetT]):
         return {}
 
 
-def find_largest_ratio(test: CausalTest[Any, Any] | None, zeroed: AbstractSet[Hashable]) -> float:
+AnyTest: TypeAlias = CausalTest[UnitTrial[Tested], UnitSet]
+"""A causal test of units of any kind."""
+
+
+def find_largest_ratio(test: AnyTest | None, zeroed: AbstractSet[Hashable]) -> float:
     """Find the largest perplexity ratio that a causal test measured for zeroing one, some or all of the units `zeroed`.
 
     Returns 1 if there was no causal test, or if every ratio is NaN.
@@ -145,7 +149,7 @@ def find_largest_ratio(test: CausalTest[Any, Any] | None, zeroed: AbstractSet[Ha
     return max((ratio for ratio in ratios if not math.isnan(ratio)), default=1.0)
 
 
-def merge_trial(candidate: TestedT, trial: UnitTrial[TestedT] | None) -> dict[str, Any]:
+def merge_trial(candidate: Tested, trial: UnitTrial[Tested] | None) -> dict[str, Any]:
     """Return the JSON of a candidate, with the results of its causal test if there was one."""
     return candidate.to_json() | (trial.to_json() if trial else {})
 

@@ -1,27 +1,32 @@
-"""Contain what the causal tests of scalars (confirm.py) and of experts (confirm_experts.py) share.
+"""Contain what the causal tests of scalars, experts and parts share (confirm.py, confirm_experts.py, confirm_parts.py).
 
-A bar is the effect that zeroing a part of the model must exceed to count as critical. This module contains the limits
-of both tests, the bar that random parts set, and the search for joint sets. It chooses no parts.
+A bar is the effect that zeroing a part of the model must exceed to count as critical. This module contains the options
+and limits of all tests, what runs them on a text, the bar that random parts set, and the search for joint sets. It
+chooses no parts.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, TypedDict, TypeVar
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Generic, NamedTuple, TypedDict, TypeVar
 
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.errors import ModelError
-from swsurgery.model import Placement, load, tokens
-from swsurgery.model.cutting import cut_text
+from swsurgery.model import load, tokens
+from swsurgery.model.cutting import CutText, cut_text
 from swsurgery.model.forward import LayeredModel
 from swsurgery.model.intervals import CONFIDENCE, LEAST_WINDOWS
 from swsurgery.model.protocol import DEFAULT_PROTOCOL, Protocol
 from swsurgery.model.text import choose_text
 from swsurgery.model.windows import cut_text_windows
-from swsurgery.scanning.causal_report import CausalTest
+from swsurgery.progress import Progress
+from swsurgery.scanning.causal_report import AnyTest
 from swsurgery.scanning.losses import Losses, Unit, compute_exp
+from swsurgery.scanning.run_options import RunOptions
 from swsurgery.storage.numbers import format_number
 
 INERT = 1.05
@@ -36,7 +41,11 @@ without the candidates, and then any further change has a larger effect."""
 
 Say = Callable[[str], None]
 
-Result = TypeVar("Result", bound=CausalTest[Any, Any])
+Windows = Sequence[Sequence[int]]
+"""The token ids of each window of a text."""
+
+Listed = TypeVar("Listed")
+Result = TypeVar("Result", bound=AnyTest)
 
 
 class TestConditions(TypedDict):
@@ -52,7 +61,7 @@ class TestConditions(TypedDict):
     protocol: Protocol
 
 
-class NullTexts(NamedTuple):
+class NullTexts(NamedTuple, Generic[Unit]):
     """The words in which random parts of the model are described to the user.
 
     `alone` and `joint` state that such parts have effects, and `describe` names one of them.
@@ -60,11 +69,28 @@ class NullTexts(NamedTuple):
 
     alone: str
     joint: str
-    describe: Callable[[Any], str]
+    describe: Callable[[Unit], str]
 
 
 def say_nothing(line: str) -> None:
     """Discard a line for the user; the default of `say`."""
+
+
+@dataclass(frozen=True)
+class CausalOptions:
+    """The options of a causal test, for units of any kind.
+
+    `nulls` is the maximum number of random units that are zeroed for comparison; `seed` draws them. `progress` receives
+    the progress of each run of the model, and `say` receives lines for the user.
+    """
+
+    nulls: int = 16
+    seed: int = 0
+    progress: Progress | None = None
+    say: Say = say_nothing
+
+
+DEFAULT_OPTIONS = CausalOptions()
 
 
 def refuse_text(checkpoint: Checkpoint, text: str | None, protocol: Protocol) -> None:
@@ -77,30 +103,42 @@ def refuse_text(checkpoint: Checkpoint, text: str | None, protocol: Protocol) ->
         cut_text(tokens.encode_text(tokenizer, choose_text(text, protocol), protocol))
 
 
-def run_on_text(
-    test: Callable[[LayeredModel, Sequence[Sequence[int]]], Result],
-    checkpoint: Checkpoint,
-    *,
-    text: str | None,
-    device: str,
-    placement: Placement,
-    protocol: Protocol,
-    say: Say,
-) -> Result:
-    """Load the model, and call `test` with the windows into which `protocol` cuts `text`.
+@dataclass(frozen=True)
+class Bench:
+    """A loaded model and the windows of a text, on which causal tests are run."""
 
-    None stands for the protocol's text. The text is cut into windows and scored as by `check.run_checks`. Raises
-    ModelError if the tokenizer or the model cannot be loaded or run.
+    model: LayeredModel
+    cut: CutText
+
+    def run(
+        self,
+        test: Callable[[LayeredModel, Sequence[Listed], Windows, CausalOptions], Result],
+        listed: Sequence[Listed],
+        options: CausalOptions = DEFAULT_OPTIONS,
+    ) -> Result:
+        """Run a test, such as `confirm_scalars`, of the units in `listed`. Raises ModelError as the test describes."""
+        found = test(self.model, listed, self.cut.windows, options)
+        return dataclasses.replace(
+            found,
+            window_tokens=self.cut.window_tokens,
+            text_sha256=self.cut.sha256,
+            protocol=self.cut.protocol,
+        )
+
+
+@contextmanager
+def open_bench(checkpoint: Checkpoint, options: RunOptions, say: Say = say_nothing) -> Iterator[Bench]:
+    """Load the model of a checkpoint for causal tests, and cut the text of `options` as `check.run_checks` does.
+
+    Raises ModelError if the tokenizer or the model cannot be loaded.
     """
     with load.hide_output():
         tokenizer = load.load_tokenizer(checkpoint.directory)
-        model = load.open_model(checkpoint, device=device, placement=placement, say=say)
-        cut = cut_text_windows(model.model, tokenizer, text, protocol)
-        found = test(model, cut.windows)
-    return dataclasses.replace(found, window_tokens=cut.window_tokens, text_sha256=cut.sha256, protocol=cut.protocol)
+        model = load.open_model(checkpoint, say=say, **options.on_device)
+        yield Bench(model, cut_text_windows(model.model, tokenizer, options.text, options.protocol))
 
 
-def refuse_untestable(candidates: Sequence[object], windows: Sequence[Sequence[int]]) -> None:
+def refuse_untestable(candidates: Sequence[object], windows: Windows) -> None:
     """Raise ModelError if there is no candidate or no window, or if a window has fewer than two tokens."""
     if not candidates:
         raise ModelError("nothing to confirm: the list of candidates is empty")
@@ -112,7 +150,7 @@ def refuse_untestable(candidates: Sequence[object], windows: Sequence[Sequence[i
         )
 
 
-def list_conditions(losses: Losses[Any]) -> TestConditions:
+def list_conditions(losses: Losses[Unit]) -> TestConditions:
     """Return how the losses were measured. The digest of the text and the protocol are unknown to the losses."""
     return TestConditions(
         base_perplexity=losses.base_perplexity,
@@ -126,12 +164,18 @@ def list_conditions(losses: Losses[Any]) -> TestConditions:
     )
 
 
-def report_too_few_windows(losses: Losses[Any], say: Say) -> None:
-    """Report that there are fewer than LEAST_WINDOWS windows without overlap, and what to do."""
+def report_too_few_windows(losses: Losses[Unit], say: Say) -> Say:
+    """Report that there are fewer than LEAST_WINDOWS windows without overlap, and what to do.
+
+    Returns what receives further lines about effects: `say`, or nothing if there are too few windows.
+    """
+    if losses.enough:
+        return say
     count = len(losses.scored)
     have = f"{count} window{'' if count == 1 else 's'}{'' if count == len(losses.windows) else ' without overlap'}"
     remedy = f"a verdict needs {LEAST_WINDOWS}: give a longer --text, more --windows or a shorter --window"
     say(f"too little text for intervals and verdicts: {have} ({remedy})")
+    return say_nothing
 
 
 def compute_floors(
@@ -139,7 +183,7 @@ def compute_floors(
     together: frozenset[Unit],
     null: Iterable[Unit],
     crowded: Iterable[Unit],
-    texts: NullTexts,
+    texts: NullTexts[Unit],
     say: Say,
 ) -> tuple[float, float]:
     """Compute the bar for the effect of a unit, and that for the effect of a group beyond its parts.

@@ -26,24 +26,20 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from swsurgery.checkpoint.checkpoint import Checkpoint
-from swsurgery.model import Placement
 from swsurgery.model.forward import LayeredModel
-from swsurgery.model.intervals import LEAST_WINDOWS
-from swsurgery.model.protocol import DEFAULT_PROTOCOL, Protocol
-from swsurgery.progress import Progress
 from swsurgery.scanning.bars import LEAST_ROWS, EffectBars, set_bars
 from swsurgery.scanning.causal_report import Verdict
 from swsurgery.scanning.causal_test import (
+    DEFAULT_OPTIONS,
     INERT,
+    CausalOptions,
     Say,
+    Windows,
     find_clear,
     find_joint_sets,
     list_conditions,
     refuse_untestable,
     report_too_few_windows,
-    run_on_text,
-    say_nothing,
 )
 from swsurgery.scanning.doses import choose_doses, report_doses
 from swsurgery.scanning.losses import Losses, compute_exp
@@ -59,40 +55,11 @@ from swsurgery.storage.coordinate import Coordinate
 from swsurgery.storage.numbers import format_number
 
 
-def confirm(
-    checkpoint: Checkpoint,
-    candidates: Sequence[Candidate],
-    *,
-    text: str | None = None,
-    device: str = "auto",
-    placement: Placement = "auto",
-    protocol: Protocol = DEFAULT_PROTOCOL,
-    nulls: int = 16,
-    seed: int = 0,
-    progress: Progress | None = None,
-    say: Say = say_nothing,
-) -> Confirmation:
-    """Test `candidates` on `text` (None: the protocol's text), cut and scored by `protocol`.
-
-    The text is cut into windows and scored as by `check.run_checks`. `confirm_windows` describes the test and the other
-    arguments. Raises ModelError if the tokenizer or the model cannot be loaded or run.
-    """
-
-    def test(model: LayeredModel, pieces: Sequence[Sequence[int]]) -> Confirmation:
-        return confirm_windows(model, candidates, pieces, nulls=nulls, seed=seed, progress=progress, say=say)
-
-    return run_on_text(test, checkpoint, text=text, device=device, placement=placement, protocol=protocol, say=say)
-
-
-def confirm_windows(
+def confirm_scalars(
     model: LayeredModel,
     candidates: Sequence[Candidate],
-    windows: Sequence[Sequence[int]],
-    *,
-    nulls: int = 16,
-    seed: int = 0,
-    progress: Progress | None = None,
-    say: Say = say_nothing,
+    windows: Windows,
+    options: CausalOptions = DEFAULT_OPTIONS,
 ) -> Confirmation:
     """Test `candidates` on windows of token ids. The model runs on each window separately.
 
@@ -101,10 +68,10 @@ def confirm_windows(
     than eight windows, no interval is computed and every verdict is "untested".
 
     The effect of zeroing a scalar is the perplexity without it divided by the perplexity with it. The effect is clear
-    if the low end of its interval is above 1.05 and above the usual effects of null scalars. Null scalars are `nulls`
-    random scalars of the candidates' matrices, outside the columns of all tested scalars, zeroed one at a time. They
-    are drawn with `seed` from the scalars within 10% of a candidate's magnitude. If there are too few, the scalars with
-    the nearest magnitudes are added.
+    if the low end of its interval is above 1.05 and above the usual effects of null scalars. Null scalars are
+    `options.nulls` random scalars of the candidates' matrices, outside the columns of all tested scalars, zeroed one at
+    a time. They are drawn from the scalars within 10% of a candidate's magnitude. If there are too few, the scalars
+    with the nearest magnitudes are added.
 
     A scalar is "needed alone" if its effect is clear. Any other scalar is "needed jointly" if it is in a joint set,
     or if zeroing it together with all other candidates clearly adds more than zeroing it alone. To set the bar for this
@@ -122,15 +89,15 @@ def confirm_windows(
     A candidate with the role "removes" makes an activation small again. It is zeroed alone only, beside the same null
     scalars, and its verdict is "needed alone", "inert" or "untested".
 
-    `say` receives a line for the user if the text is too short, if null scalars raise a bar, if a companion gets no
-    verdict, if zeroing a companion lowers the loss, or if a null scalar is critical.
+    `options.say` receives a line for the user if the text is too short, if null scalars raise a bar, if a companion
+    gets no verdict, if zeroing a companion lowers the loss, or if a null scalar is critical.
 
     The same inputs on the same machine give the same result. Raises ModelError if no candidate or no window is given,
     if a window has fewer than two tokens, if a candidate is not a scalar of the checkpoint's down projections, if the
     elements of such a projection are not weights, or if the losses of the stored model are not finite.
     """
     refuse_untestable(candidates, windows)
-    suspects = choose_suspects(model.checkpoint, candidates, nulls, seed)
+    suspects = choose_suspects(model.checkpoint, candidates, options.nulls, options.seed)
     every = [*suspects.tested, *suspects.removers]
     layers = {candidate.coordinate.tensor: candidate.layer for candidate in every}
     losses = Losses[Coordinate](
@@ -141,17 +108,14 @@ def confirm_windows(
         # Zeroing a scalar that is zero has no effect at all, so such scalars are left out of every set.
         frozenset(candidate.coordinate for candidate in every if candidate.value == 0),
     )
-    enough = len(losses.scored) >= LEAST_WINDOWS
-    doses = choose_doses(model.checkpoint, suspects.together) if enough and suspects.together else {}
-    losses.measure(suspects.groups(), progress, doses)
-    if not enough:
-        report_too_few_windows(losses, say)
-        say = say_nothing
+    doses = choose_doses(model.checkpoint, suspects.together) if losses.enough and suspects.together else {}
+    losses.measure(suspects.groups(), options.progress, doses)
+    say = report_too_few_windows(losses, options.say)
     bars = set_bars(losses, suspects, say)
     core = _find_core(losses, suspects, bars)
     pairs = suspects.pairs
     groups = [g for g in dict.fromkeys([*pairs, core] if len(core) > 1 else pairs) if not g & bars.unjudged]
-    losses.measure(groups, progress)
+    losses.measure(groups, options.progress)
     joint = find_joint_sets(losses, groups, bars.joint)
     _report_companions(losses, suspects, bars, say)
     judged = [name for name in suspects.names if name not in bars.unjudged]
@@ -159,7 +123,7 @@ def confirm_windows(
     # A family of tests of their own, so that removers do not make the verdicts on candidates stricter.
     removing = {candidate.coordinate: (frozenset({candidate.coordinate}), ()) for candidate in suspects.removers}
     alone |= find_clear(losses, removing, bars.alone)
-    judge = _Judge(losses, bars, alone, core.union(*joint), enough)
+    judge = _Judge(losses, bars, alone, core.union(*joint))
     together = suspects.together
     return Confirmation(
         trials=tuple(judge.try_out(candidate, together) for candidate in every),
@@ -189,7 +153,6 @@ class _Judge:
     bars: EffectBars
     alone: Zeroed
     jointly: Zeroed
-    enough: bool
 
     def try_out(self, candidate: Candidate, together: Zeroed) -> Trial:
         """Make the report of the test of one scalar. `together` contains all candidates that a detector lists."""
@@ -204,7 +167,7 @@ class _Judge:
         )
 
     def _decide(self, name: Coordinate) -> Verdict:
-        if not self.enough or name in self.bars.unjudged:
+        if not self.losses.enough or name in self.bars.unjudged:
             return "untested"
         if name in self.alone:
             return "needed alone"

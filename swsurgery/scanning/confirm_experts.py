@@ -18,25 +18,21 @@ from typing import NamedTuple
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.checkpoint.projections import find_down_projection, list_down_projections
 from swsurgery.checkpoint.structures import locate_expert
-from swsurgery.model import Placement
 from swsurgery.model.forward import LayeredModel
-from swsurgery.model.intervals import LEAST_WINDOWS
-from swsurgery.model.protocol import DEFAULT_PROTOCOL, Protocol
-from swsurgery.progress import Progress
 from swsurgery.scanning.causal_report import Verdict
 from swsurgery.scanning.causal_test import (
     CONTEXT_NULLS,
+    DEFAULT_OPTIONS,
     PAIRS,
+    CausalOptions,
     NullTexts,
-    Say,
+    Windows,
     compute_floors,
     find_clear,
     find_joint_sets,
     list_conditions,
     refuse_untestable,
     report_too_few_windows,
-    run_on_text,
-    say_nothing,
 )
 from swsurgery.scanning.expert_report import (
     ExpertCandidate,
@@ -51,7 +47,7 @@ from swsurgery.storage.region import Region
 JOINT_NULLS = 5
 """Number of random sets of experts that are zeroed together (arXiv:2507.23279, table 3, uses as many)."""
 
-_NULL_TEXTS = NullTexts(
+_NULL_TEXTS = NullTexts[ExpertName](
     "random experts change perplexity too",
     "without the candidates, random experts have larger effects",
     lambda name: f"layer {name[0]} expert {name[1]}",
@@ -62,76 +58,44 @@ Group = frozenset[ExpertName]
 
 
 def confirm_experts(
-    checkpoint: Checkpoint,
-    candidates: Sequence[ExpertCandidate],
-    *,
-    text: str | None = None,
-    device: str = "auto",
-    placement: Placement = "auto",
-    protocol: Protocol = DEFAULT_PROTOCOL,
-    nulls: int = 16,
-    seed: int = 0,
-    progress: Progress | None = None,
-    say: Say = say_nothing,
-) -> ExpertConfirmation:
-    """Test `candidates` on `text` (None: the protocol's text), cut and scored by `protocol`.
-
-    `confirm_expert_windows` describes the test. Raises ModelError if the tokenizer or the model cannot be loaded or
-    run, and ArchitectureError if the matrices of an expert are not known.
-    """
-
-    def test(model: LayeredModel, pieces: Sequence[Sequence[int]]) -> ExpertConfirmation:
-        return confirm_expert_windows(model, candidates, pieces, nulls=nulls, seed=seed, progress=progress, say=say)
-
-    return run_on_text(test, checkpoint, text=text, device=device, placement=placement, protocol=protocol, say=say)
-
-
-def confirm_expert_windows(
     model: LayeredModel,
     candidates: Sequence[ExpertCandidate],
-    windows: Sequence[Sequence[int]],
-    *,
-    nulls: int = 16,
-    seed: int = 0,
-    progress: Progress | None = None,
-    say: Say = say_nothing,
+    windows: Windows,
+    options: CausalOptions = DEFAULT_OPTIONS,
 ) -> ExpertConfirmation:
     """Test `candidates` on windows of token ids. The model runs on each window separately.
 
     The effect of zeroing an expert is the perplexity without it divided by the perplexity with it. Its 95% interval is
-    computed from whole windows. The effect is clear if the low end is above 1.05 and above the usual effects of `nulls`
-    random routed experts of the same layers, which are drawn with `seed`.
+    computed from whole windows. The effect is clear if the low end is above 1.05 and above the usual effects of
+    `options.nulls` random routed experts of the same layers.
 
     An expert is "needed alone" if its effect is clear. Any other expert is "needed jointly" if it is in a joint
     set, or if zeroing it together with all other candidates clearly adds more than zeroing it alone. With fewer than
     eight windows, no interval is computed and every verdict is "untested".
 
-    `say` receives a line for the user if the text is too short, if random experts raise a bar, or if a random expert is
-    critical. Raises ModelError if no candidate or no window is given, if a window has fewer than two tokens, or if the
-    losses of the stored model are not finite.
+    `options.say` receives a line for the user if the text is too short, if random experts raise a bar, or if a random
+    expert is critical. Raises ModelError if no candidate or no window is given, if a window has fewer than two tokens,
+    or if the losses of the stored model are not finite.
     """
     refuse_untestable(candidates, windows)
     names = [candidate.name for candidate in candidates]
-    plan = _plan(model.checkpoint, names, nulls, seed)
+    plan = _plan(model.checkpoint, names, options.nulls, options.seed)
     regions = {name: list_output_regions(model.checkpoint, name) for name in plan.list_experts()}
     losses = Losses[ExpertName](model, windows, lambda name: name[0], regions.__getitem__)
-    losses.measure(plan.list_groups(), progress)
-    enough = len(losses.scored) >= LEAST_WINDOWS
-    if not enough:
-        report_too_few_windows(losses, say)
-        say = say_nothing
+    losses.measure(plan.list_groups(), options.progress)
+    say = report_too_few_windows(losses, options.say)
     floor, joint_floor = compute_floors(losses, plan.together, plan.null, plan.crowded, _NULL_TEXTS, say)
     together = plan.together
     alone = find_clear(losses, {name: (frozenset({name}), ()) for name in names}, lambda name: floor)
     added = {name: (together, (together - {name}, frozenset({name}))) for name in names}
     core = find_clear(losses, added, lambda name: joint_floor)
     groups = list(dict.fromkeys([*plan.pairs, core] if len(core) > 1 else plan.pairs))
-    losses.measure(groups, progress)
+    losses.measure(groups, options.progress)
     joint = find_joint_sets(losses, groups, lambda group: joint_floor)
     jointly = core.union(*joint)
 
     def decide(name: ExpertName) -> Verdict:
-        if not enough:
+        if not losses.enough:
             return "untested"
         if name in alone:
             return "needed alone"

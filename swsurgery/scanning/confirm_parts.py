@@ -17,23 +17,19 @@ from collections.abc import Sequence
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.checkpoint.projections import find_down_projection, list_down_projections
 from swsurgery.checkpoint.structures import locate_column, locate_row
-from swsurgery.model import Placement
 from swsurgery.model.forward import LayeredModel
-from swsurgery.model.intervals import LEAST_WINDOWS
-from swsurgery.model.protocol import DEFAULT_PROTOCOL, Protocol
-from swsurgery.progress import Progress
 from swsurgery.scanning.activation_report import PersistentActivation
 from swsurgery.scanning.causal_report import Verdict
 from swsurgery.scanning.causal_test import (
+    DEFAULT_OPTIONS,
+    CausalOptions,
     NullTexts,
-    Say,
+    Windows,
     compute_floors,
     find_clear,
     list_conditions,
     refuse_untestable,
     report_too_few_windows,
-    run_on_text,
-    say_nothing,
 )
 from swsurgery.scanning.confirm_experts import list_output_regions
 from swsurgery.scanning.losses import Losses
@@ -43,7 +39,7 @@ from swsurgery.storage.region import Region
 MAX_PARTS = 12
 """Maximum number of parts that are tested: those of the layers that add the largest values."""
 
-_NULL_TEXTS = NullTexts(
+_NULL_TEXTS = NullTexts[PartName](
     "random parts of the same kind change perplexity too",
     "without the parts, random parts have larger effects",
     str,
@@ -75,58 +71,27 @@ def list_parts(activations: Sequence[PersistentActivation]) -> list[MlpPart]:
 
 
 def confirm_parts(
-    checkpoint: Checkpoint,
-    parts: Sequence[MlpPart],
-    *,
-    text: str | None = None,
-    device: str = "auto",
-    placement: Placement = "auto",
-    protocol: Protocol = DEFAULT_PROTOCOL,
-    nulls: int = 16,
-    seed: int = 0,
-    progress: Progress | None = None,
-    say: Say = say_nothing,
-) -> PartConfirmation:
-    """Test `parts` on `text` (None: the protocol's text), cut and scored by `protocol`.
-
-    `confirm_part_windows` describes the test. Raises ModelError if the tokenizer or the model cannot be loaded or run.
-    """
-
-    def test(model: LayeredModel, pieces: Sequence[Sequence[int]]) -> PartConfirmation:
-        return confirm_part_windows(model, parts, pieces, nulls=nulls, seed=seed, progress=progress, say=say)
-
-    return run_on_text(test, checkpoint, text=text, device=device, placement=placement, protocol=protocol, say=say)
-
-
-def confirm_part_windows(
     model: LayeredModel,
     parts: Sequence[MlpPart],
-    windows: Sequence[Sequence[int]],
-    *,
-    nulls: int = 16,
-    seed: int = 0,
-    progress: Progress | None = None,
-    say: Say = say_nothing,
+    windows: Windows,
+    options: CausalOptions = DEFAULT_OPTIONS,
 ) -> PartConfirmation:
     """Test `parts` on windows of token ids. The model runs on each window separately.
 
-    A part is "needed alone" if its effect is clearly above 1.05 and above the usual effects of up to `nulls` random
-    parts of its kind and layer, which are drawn with `seed`. It is "needed jointly" if zeroing it together with all
+    A part is "needed alone" if its effect is clearly above 1.05 and above the usual effects of up to
+    `options.nulls` random parts of its kind and layer. It is "needed jointly" if zeroing it together with all
     other parts clearly adds more than zeroing it alone. With fewer than eight windows every verdict is "untested".
 
     Raises ModelError as `confirm_expert_windows` does.
     """
     refuse_untestable(parts, windows)
     checkpoint, names = model.checkpoint, [part.name for part in parts]
-    drawn = _draw_nulls(checkpoint, names, nulls, seed)
+    drawn = _draw_nulls(checkpoint, names, options.nulls, options.seed)
     losses = Losses[PartName](model, windows, lambda name: name.layer, lambda name: _locate(checkpoint, name))
     together, every = frozenset(names), [name for group in drawn.values() for name in group]
     groups = [frozenset({name}) for name in (*names, *every)]
-    losses.measure([*groups, together, *(together - {name} for name in names)], progress)
-    enough = len(losses.scored) >= LEAST_WINDOWS
-    if not enough:
-        report_too_few_windows(losses, say)
-        say = say_nothing
+    losses.measure([*groups, together, *(together - {name} for name in names)], options.progress)
+    say = report_too_few_windows(losses, options.say)
     floors = {key: compute_floors(losses, together, group, (), _NULL_TEXTS, say)[0] for key, group in drawn.items()}
     bars = {name: floors[name.kind, name.layer] for name in names}
     alone = find_clear(losses, {name: (frozenset({name}), ()) for name in names}, bars.__getitem__)
@@ -134,7 +99,7 @@ def confirm_part_windows(
     jointly = find_clear(losses, added, bars.__getitem__)
 
     def decide(name: PartName) -> Verdict:
-        if not enough:
+        if not losses.enough:
             return "untested"
         return "needed alone" if name in alone else "needed jointly" if name in jointly else "inert"
 
@@ -170,7 +135,7 @@ def _locate(checkpoint: Checkpoint, name: PartName) -> tuple[Region, ...]:
 def _draw_nulls(
     checkpoint: Checkpoint, names: Sequence[PartName], nulls: int, seed: int
 ) -> dict[tuple[PartKind, int], list[PartName]]:
-    """Draw up to `nulls` random parts for each kind and layer of `names`, none of which is in `names`."""
+    """Draw up to `options.nulls` random parts for each kind and layer of `names`, none of which is in `names`."""
     dice = random.Random(seed)
     found: dict[tuple[PartKind, int], list[PartName]] = {}
     for name in names:

@@ -44,9 +44,7 @@ def find_candidates(
             found = _scan_activations(checkpoint, prompts, options, reporter)
         else:
             found = _scan_weights(checkpoint, reporter)
-    if confirm and (found.candidates or found.removers):
-        found = _confirm(found, checkpoint, options, reporter)
-    return _confirm_parts(found, checkpoint, options, reporter) if confirm and found.activations else found
+    return _confirm(found, checkpoint, options, reporter) if confirm else found
 
 
 def _scan_activations(
@@ -104,38 +102,30 @@ def _refuse_text(checkpoint: Checkpoint, options: RunOptions) -> None:
 
 
 def _confirm(found: Scan, checkpoint: Checkpoint, options: RunOptions, reporter: Reporter) -> Scan:
-    """Measure the effects of zeroing the scalars that a scan found."""
-    from swsurgery.scanning.confirm import confirm
-
-    said: list[str] = []
-    progress = Rounds(reporter, "confirmation round")
-    suspects = (*found.candidates, *found.removers)
-    with add_remedy("leave out --confirm"):
-        confirmation = confirm(checkpoint, suspects, progress=progress, say=said.append, **options.on_text)
-    return dataclasses.replace(found, confirmation=confirmation, notes=(*found.notes, *said))
-
-
-def _confirm_parts(found: Scan, checkpoint: Checkpoint, options: RunOptions, reporter: Reporter) -> Scan:
-    """Measure the effects of zeroing the rows, neurons and experts that create activations."""
+    """Measure the effects of zeroing the scalars that a scan found, and the parts that create activations."""
+    from swsurgery.scanning.causal_test import CausalOptions, open_bench
+    from swsurgery.scanning.confirm import confirm_scalars
     from swsurgery.scanning.confirm_parts import confirm_parts, list_parts
 
-    parts = list_parts(found.activations)
-    if not parts:
+    suspects, parts = (*found.candidates, *found.removers), list_parts(found.activations)
+    if not suspects and not parts:
         return found
     said: list[str] = []
-    progress = Rounds(reporter, "confirmation round")
-    with add_remedy("leave out --confirm"):
-        test = confirm_parts(checkpoint, parts, progress=progress, say=said.append, **options.on_text)
-    fresh = [line for line in said if line not in found.notes]
-    return dataclasses.replace(found, part_confirmation=test, notes=(*found.notes, *fresh))
+    causal = CausalOptions(progress=Rounds(reporter, "confirmation round"), say=said.append)
+    with add_remedy("leave out --confirm"), open_bench(checkpoint, options, said.append) as bench:
+        of_scalars = bench.run(confirm_scalars, suspects, causal) if suspects else None
+        of_parts = bench.run(confirm_parts, parts, causal) if parts else None
+    notes = (*found.notes, *dict.fromkeys(said))
+    return dataclasses.replace(found, confirmation=of_scalars, part_confirmation=of_parts, notes=notes)
 
 
 def _confirm_experts(found: ExpertScan, checkpoint: Checkpoint, options: RunOptions, reporter: Reporter) -> ExpertScan:
     """Measure the effects of zeroing the experts that a scan found."""
+    from swsurgery.scanning.causal_test import CausalOptions, open_bench
     from swsurgery.scanning.confirm_experts import confirm_experts
 
     said: list[str] = []
-    progress = Rounds(reporter, "confirmation round")
-    with add_remedy("leave out --confirm"):
-        confirmation = confirm_experts(checkpoint, found.experts, progress=progress, say=said.append, **options.on_text)
+    causal = CausalOptions(progress=Rounds(reporter, "confirmation round"), say=said.append)
+    with add_remedy("leave out --confirm"), open_bench(checkpoint, options, said.append) as bench:
+        confirmation = bench.run(confirm_experts, found.experts, causal)
     return dataclasses.replace(found, expert_confirmation=confirmation, notes=(*found.notes, *said))

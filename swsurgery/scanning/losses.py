@@ -14,7 +14,7 @@ from swsurgery.errors import ModelError
 from swsurgery.model import load, measure
 from swsurgery.model.cutting import Window, count_scored
 from swsurgery.model.forward import LayeredModel
-from swsurgery.model.intervals import CONFIDENCE, compute_mean_interval
+from swsurgery.model.intervals import CONFIDENCE, LEAST_WINDOWS, compute_mean_interval
 from swsurgery.model.variant import Scalars
 from swsurgery.model.windows import count_variants_at_once
 from swsurgery.progress import Progress
@@ -120,6 +120,11 @@ class Losses(Generic[Unit]):
         mean, low, high = compute_mean_interval(self._extra[key], self.scored)
         low, high = (None if end is None else compute_exp(end) for end in (low, high))
         return Effect(compute_exp(mean), low, high, self._kl[key])
+
+    @property
+    def enough(self) -> bool:
+        """True if the text has enough windows for intervals and verdicts."""
+        return len(self.scored) >= LEAST_WINDOWS
 
     @property
     def base_perplexity(self) -> float:

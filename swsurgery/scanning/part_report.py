@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from swsurgery.checkpoint.architectures import ExpertChoice
-from swsurgery.scanning.causal_report import CausalTest, UnitTrial, convert_to_plain
+from swsurgery.scanning.causal_report import CausalTest, UnitSet, UnitTrial, convert_to_plain
 
 PartKind = Literal["row", "neuron", "expert"]
 
@@ -55,7 +55,7 @@ class PartTrial(UnitTrial[MlpPart]):
 
 
 @dataclass(frozen=True)
-class PartConfirmation(CausalTest[PartTrial, Any]):
+class PartConfirmation(CausalTest[PartTrial, UnitSet]):
     """The causal test of parts.
 
     `null` contains the effects of zeroing random parts of the same kinds and layers. `part_nulls` contains the same

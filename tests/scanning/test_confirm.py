@@ -29,9 +29,11 @@ from swsurgery.model.forward import LayeredModel
 from swsurgery.model.outcomes import Outcomes, make_logits
 from swsurgery.model.protocol import Protocol
 from swsurgery.scanning.causal_report import Effect
-from swsurgery.scanning.confirm import confirm, confirm_windows
+from swsurgery.scanning.causal_test import CausalOptions, open_bench
+from swsurgery.scanning.confirm import confirm_scalars
 from swsurgery.scanning.measure_sweep import sweep_windows
 from swsurgery.scanning.report import Candidate, Confirmation, Trial
+from swsurgery.scanning.run_options import RunOptions
 from swsurgery.storage.coordinate import Coordinate
 
 Short = tuple[int, int, int] | tuple[int, int, int, int]
@@ -112,7 +114,9 @@ class Bench:
         return load.open_model(self.checkpoint, device="cpu", placement="whole")
 
     def confirm(self, shorts: Sequence[Short], **options: Any) -> Confirmation:
-        return confirm_windows(self.model(), [self.candidate(s) for s in shorts], self.windows, **options)
+        return confirm_scalars(
+            self.model(), [self.candidate(s) for s in shorts], self.windows, CausalOptions(**options)
+        )
 
 
 def trial(found: Confirmation, bench: Bench, short: Short) -> Trial:
@@ -185,7 +189,10 @@ def test_a_dose_is_what_a_sweep_of_the_candidates_measures(tmp_path: Path) -> No
         assert dose.effect.kl == pytest.approx(point.kl, rel=1e-4, abs=1e-6)
         assert dose.effect.low <= dose.effect.ratio <= dose.effect.high
     assert found.to_json()["doses"][1] == {"factor": 0.25, **found.doses[1].effect.to_json()}
-    assert confirm_windows(bench.model(), [bench.candidate((0, 3, 7))], bench.windows[:7], nulls=0).doses == ()
+    assert (
+        confirm_scalars(bench.model(), [bench.candidate((0, 3, 7))], bench.windows[:7], CausalOptions(nulls=0)).doses
+        == ()
+    )
 
 
 @pytest.mark.parametrize(("windows", "enough"), [(7, False), (8, True)])
@@ -364,7 +371,7 @@ def test_a_streamed_model_gives_the_same_answer(tmp_path: Path) -> None:
     bench = Bench(tmp_path / "llama", "llama", {(0, 3, 7): HUGE})
     candidates = [bench.candidate(s) for s in shorts]
     model = load.open_model(bench.checkpoint, device="cpu", placement="streamed")
-    streamed = confirm_windows(model, candidates, bench.windows)
+    streamed = confirm_scalars(model, candidates, bench.windows)
     assert model.method == "streamed"
     for one, other in zip(streamed.trials, bench.confirm(shorts).trials, strict=True):
         assert (one.candidate, one.verdict) == (other.candidate, other.verdict)
@@ -377,11 +384,13 @@ def test_a_text_is_cut_as_for_the_check(tmp_path: Path) -> None:
     coordinate = Coordinate(tiny_checkpoint.DOWN, (3, 7))
     value = float(load_file(base / "model.safetensors")[coordinate.tensor][coordinate.index])
     candidate = Candidate(coordinate, 1, 3, 7, None, value, score=1.0, rank=1)
-    found = confirm(checkpoint, [candidate], text=text, device="cpu", protocol=Protocol(windows=3, window=20), nulls=2)
+    options = RunOptions("cpu", "auto", text, Protocol(windows=3, window=20))
+    with open_bench(checkpoint, options) as opened:
+        found = opened.run(confirm_scalars, [candidate], CausalOptions(nulls=2))
     ids = tiny_checkpoint.make_tokenizer()(text, add_special_tokens=False)["input_ids"]
     windows = [[0, *ids[start : start + 20]] for start in (0, 20, 40)]
     model = load.open_model(checkpoint, device="cpu", placement="whole")
-    same = confirm_windows(model, [candidate], windows, nulls=2)
+    same = confirm_scalars(model, [candidate], windows, CausalOptions(nulls=2))
     digest = hashlib.sha256(text.encode()).hexdigest()
     protocol = Protocol(windows=3, window=20, stride=20, bos="yes")
     assert found == dataclasses.replace(same, window_tokens=20, text_sha256=digest, protocol=protocol)
@@ -426,8 +435,8 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 
 def told(bench: Bench, extra: Any, shorts: Sequence[Short] = NAMES) -> tuple[Confirmation, list[str]]:
     said: list[str] = []
-    found = confirm_windows(
-        Told(bench, extra), [bench.candidate(s) for s in shorts], [[0] * TOKENS] * 8, say=said.append
+    found = confirm_scalars(
+        Told(bench, extra), [bench.candidate(s) for s in shorts], [[0] * TOKENS] * 8, CausalOptions(say=said.append)
     )
     return found, said
 
@@ -623,7 +632,7 @@ def refusal(
     model: Any, candidates: Sequence[Candidate], windows: Sequence[Sequence[int]], kind: type = ModelError
 ) -> str:
     with pytest.raises(kind) as caught:
-        confirm_windows(model, candidates, windows)
+        confirm_scalars(model, candidates, windows)
     (line,) = caught.value.faults
     return line
 

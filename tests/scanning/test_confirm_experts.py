@@ -23,7 +23,8 @@ from swsurgery.cli import main
 from swsurgery.errors import ModelError
 from swsurgery.manifest.load import load_manifest
 from swsurgery.model import load
-from swsurgery.scanning.confirm_experts import confirm_expert_windows
+from swsurgery.scanning.causal_test import CausalOptions
+from swsurgery.scanning.confirm_experts import confirm_experts
 from swsurgery.scanning.expert_report import ExpertCandidate, ExpertConfirmation, ExpertName
 from swsurgery.scanning.report import Candidate
 from swsurgery.storage.coordinate import Coordinate
@@ -82,7 +83,7 @@ class Bench:
 
     def confirm(self, names: Sequence[ExpertName], **options) -> ExpertConfirmation:
         model = load.open_model(self.checkpoint, device="cpu", placement=options.pop("placement", "whole"))
-        return confirm_expert_windows(model, [make_candidate(*name) for name in names], self.windows, **options)
+        return confirm_experts(model, [make_candidate(*name) for name in names], self.windows, CausalOptions(**options))
 
 
 def make_candidate(layer: int, expert: int | str) -> ExpertCandidate:

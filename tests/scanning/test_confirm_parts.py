@@ -15,8 +15,8 @@ from planted import Place, build, opened, plant, weights_of
 from swsurgery.errors import ModelError
 from swsurgery.model.intervals import compute_mean_interval
 from swsurgery.scanning.activation_report import Cause, ExpertShare, PersistentActivation
-from swsurgery.scanning.causal_test import find_clear
-from swsurgery.scanning.confirm_parts import confirm_part_windows, list_parts
+from swsurgery.scanning.causal_test import CausalOptions, find_clear
+from swsurgery.scanning.confirm_parts import confirm_parts, list_parts
 from swsurgery.scanning.losses import Gain
 from swsurgery.scanning.part_report import MlpPart, PartName
 
@@ -65,7 +65,7 @@ def test_the_effect_is_that_of_the_edited_model(kind, tmp_path):
     model = build("llama")
     plant(model, Place(1, 5, 9), WINDOWS)
     part = MlpPart(PartName(kind, 1, None, 5 if kind == "row" else 9), (5,), 100.0)
-    test = confirm_part_windows(opened(model, tmp_path), [part], WINDOWS, nulls=4)
+    test = confirm_parts(opened(model, tmp_path), [part], WINDOWS, CausalOptions(nulls=4))
     base = perplexity(model)
     down = model.model.layers[1].mlp.down_proj.weight.data
     (down[5] if kind == "row" else down[:, 9]).zero_()
@@ -82,7 +82,7 @@ def test_experts_are_compared_with_the_others_of_their_layer(tmp_path):
     plant(model, place, WINDOWS)
     weights_of(model, place)
     parts = [MlpPart(PartName("expert", 1, expert, None), (5,), 100.0) for expert in (2, 0)]
-    test = confirm_part_windows(opened(model, tmp_path), parts, WINDOWS)
+    test = confirm_parts(opened(model, tmp_path), parts, WINDOWS)
     base = perplexity(model)
     model.model.layers[1].mlp.experts.down_proj.data[2] = 0
     assert test.trials[0].alone.ratio == pytest.approx(perplexity(model) / base, rel=1e-3)
@@ -95,10 +95,10 @@ def test_too_little_text_and_no_parts(tmp_path):
     layered = opened(build("llama"), tmp_path)
     part = MlpPart(PartName("row", 1, None, 5), (5,), 1.0)
     said: list[str] = []
-    test = confirm_part_windows(layered, [part], WINDOWS[:3], nulls=3, say=said.append)
+    test = confirm_parts(layered, [part], WINDOWS[:3], CausalOptions(nulls=3, say=said.append))
     assert test.trials[0].verdict == "untested" and said[0].startswith("too little text")
     with pytest.raises(ModelError, match="nothing to confirm"):
-        confirm_part_windows(layered, [], WINDOWS)
+        confirm_parts(layered, [], WINDOWS)
 
 
 class DrawnLosses:

@@ -14,7 +14,8 @@ from planted import opened, weights_of
 from swsurgery.checkpoint.attention_layers import find_attention_layers
 from swsurgery.cli.show_scan import show_scan
 from swsurgery.scanning.by_activations import scan_sequences
-from swsurgery.scanning.confirm import confirm_windows
+from swsurgery.scanning.causal_test import CausalOptions
+from swsurgery.scanning.confirm import confirm_scalars
 from swsurgery.sharing.page.scan_page import render_scan
 
 
@@ -162,7 +163,7 @@ def test_the_causal_test_zeroes_a_remover_alone(alone, tmp_path):
     dice = torch.Generator().manual_seed(0)
     windows = [[hybrids.TRIGGER, *torch.randint(4, 32, (15,), generator=dice).tolist()] for _ in range(8)]
     tested = report.removers if alone else (*report.candidates, *report.removers)
-    found = confirm_windows(layered, tested, windows, nulls=4)
+    found = confirm_scalars(layered, tested, windows, CausalOptions(nulls=4))
     trials = [trial for trial in found.trials if trial.candidate.role == "removes"]
     assert [trial.candidate for trial in trials] == list(report.removers)
     assert all(trial.listed and trial.without is None for trial in trials)
