@@ -6,6 +6,7 @@ scalar, in the next MLP, removes it. No test lives here.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -152,28 +153,34 @@ def _clear(model: transformers.PreTrainedModel) -> None:
 def _set(model: transformers.PreTrainedModel, place: Place, source: int, medians: float) -> None:
     """Let the neuron of `place` read one channel, and bring the trigger's hidden state to `medians` medians."""
     gate, up, down = weights_of(model, place)
-    before = _run(model, place)[0]
-    sign = 1.0 if source == MARK or before[CHANNEL] > 0 else -1.0
+    module = next(module for module in model.modules() if _holds(module, down))
+    sign = 1.0 if source == MARK or _run(model, place, module)[0][CHANNEL] > 0 else -1.0
     for weight in (gate, up):
         weight.zero_()
         weight[source] = 2.0 * sign
-    for channel in range(model.config.hidden_size):  # the neuron writes to its own channel only
-        weights_of(model, place._replace(row=channel))[2].zero_()
-    state, x = _run(model, place)
+    module.weight[:, place.col] = 0.0  # the neuron writes to its own channel only
+    state, x = _run(model, place, module)
     down.copy_((medians * state.abs().median() - state[CHANNEL]) / x[place.col])
 
 
-def _run(model: transformers.PreTrainedModel, place: Place) -> tuple[Tensor, Tensor]:
-    """Return the trigger's hidden state after the layer of `place`, and the inputs of its down projection."""
+class _Stop(Exception):
+    """Ends a run of the model after the layer that is observed."""
+
+
+def _run(model: transformers.PreTrainedModel, place: Place, module: nn.Module) -> tuple[Tensor, Tensor]:
+    """Return the trigger's hidden state after the layer of `place`, and the inputs of `module`, its down projection."""
     kept: list[Tensor] = []
-    module = next(m for m in model.modules() if _holds(m, weights_of(model, place)[2]))
+
+    def keep_state(layer: nn.Module, arguments: object, output: Tensor | tuple[Tensor, ...]) -> None:
+        kept.append(output[0] if isinstance(output, tuple) else output)
+        raise _Stop
+
     handles = [
         module.register_forward_hook(lambda m, arguments, output: kept.append(arguments[0])),
-        model.model.layers[place.layer].register_forward_hook(
-            lambda m, arguments, output: kept.append(output[0] if isinstance(output, tuple) else output)
-        ),
+        model.model.layers[place.layer].register_forward_hook(keep_state),
     ]
-    model(input_ids=torch.tensor([SEQUENCES[0]]), use_cache=False)
+    with contextlib.suppress(_Stop):
+        model(input_ids=torch.tensor([SEQUENCES[0]]), use_cache=False)
     for handle in handles:
         handle.remove()
     return kept[1].reshape(-1, kept[1].shape[-1])[0], kept[0].reshape(-1, kept[0].shape[-1])[0]
