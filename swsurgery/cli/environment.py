@@ -138,6 +138,14 @@ def find_used(context: typer.Context) -> dict[str, str]:
     return used
 
 
+def refuse_bad_threads() -> None:
+    """Raise SwsurgeryError if SWSURGERY_THREADS has a bad value, also for a command that hashes no file."""
+    if os.environ.get("SWSURGERY_THREADS"):
+        from swsurgery.storage.hashing import count_threads
+
+        count_threads()
+
+
 def explain_bad_value(error: typer.TyperException) -> Fault | None:
     """Return the fault for a value that a variable contains and that its option does not accept, otherwise None."""
     parameter: Any = getattr(error, "param", None)

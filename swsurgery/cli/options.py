@@ -14,7 +14,7 @@ from typing import Annotated, Concatenate, Literal, ParamSpec, TypeVar
 import typer
 
 from swsurgery.cli.completion import complete_device
-from swsurgery.cli.environment import add_variable, find_used
+from swsurgery.cli.environment import add_variable, find_used, refuse_bad_threads
 from swsurgery.cli.output import Output, is_terminal
 from swsurgery.errors import SwsurgeryError, TargetError
 
@@ -71,6 +71,7 @@ def _make_command(
         out.variables = find_used(context)
         _choose_form(out, chosen, given)
         _restrain_libraries(out)
+        refuse_bad_threads()
         _refuse_empty(named)
         for place in places:
             named[place] = read_location(out, place, named[place])

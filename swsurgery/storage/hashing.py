@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 
 from swsurgery.errors import CheckpointError, PlanError, SwsurgeryError
 from swsurgery.progress import Progress, Silent
@@ -64,10 +65,10 @@ def count_threads() -> int:
     """Read the number of threads from the environment variable SWSURGERY_THREADS. The default is 4.
 
     The default exceeds the number of cores of a small machine, so that no core is idle while the last shard is copied.
-    Raises SwsurgeryError if the value is not a number from 1 to 64.
+    An empty value counts as unset. Raises SwsurgeryError if the value is not a number from 1 to 64.
     """
-    text = os.environ.get(THREADS_VARIABLE, "4")
-    if not text.isdecimal() or not 1 <= int(text) <= 64:
-        what = f"{THREADS_VARIABLE} is {text!r}, not a number from 1 to 64"
-        raise SwsurgeryError(what, "the environment", "change or unset it")
+    text = os.environ.get(THREADS_VARIABLE) or "4"
+    if not re.fullmatch("[0-9]{1,2}", text) or not 1 <= int(text) <= 64:
+        what = "an environment variable has a bad value (not a number from 1 to 64)"
+        raise SwsurgeryError(what, f"{THREADS_VARIABLE}={text}", f"change or unset {THREADS_VARIABLE}")
     return int(text)

@@ -88,6 +88,22 @@ def test_a_bad_value_is_one_line_that_names_the_variable(folder, monkeypatch, ca
     assert f": {variable}={BAD[variable]}" in printed.err
 
 
+@pytest.mark.parametrize("value", ["0", "65", "-1", "four", "1.5", "٤", " 4", "9" * 5000])
+@pytest.mark.parametrize("words", [("inspect", "base"), ("scan", "base"), ("lookup", "smollm2")])
+def test_every_command_refuses_a_bad_number_of_threads(folder, monkeypatch, capsys, words, value):
+    monkeypatch.setenv(THREADS_VARIABLE, value)
+    assert main([*words, "--json"]) == 2
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["error"]["what"].endswith("(not a number from 1 to 64)")
+    assert printed.err.count("\n") == 1 and f": {THREADS_VARIABLE}={value}" in printed.err
+
+
+@pytest.mark.parametrize("value", ["", "1", "64"])
+def test_a_number_of_threads_is_accepted(folder, monkeypatch, capsys, value):
+    monkeypatch.setenv(THREADS_VARIABLE, value)
+    assert main(["inspect", "base"]) == 0
+
+
 def test_a_bad_value_is_a_json_error_too(folder, monkeypatch, capsys):
     monkeypatch.setenv("SWSURGERY_WINDOWS", "0")
     assert main(["check", "patched", "--json"]) == 2
