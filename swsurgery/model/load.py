@@ -67,16 +67,16 @@ def hide_output() -> Iterator[None]:
     enable_bars: Callable[[], None] = logging.enable_progress_bar
     logging.set_verbosity(python_logging.CRITICAL)
     python_logging.disable(python_logging.CRITICAL)  # quantisers log for each layer that they run
-    disable_bars()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        disable_bars()  # warns if HF_HUB_DISABLE_PROGRESS_BARS is 0, and enable_bars warns if it is 1
+        try:
             yield
-    finally:
-        python_logging.disable(disabled)
-        logging.set_verbosity(verbosity)
-        if bars:
-            enable_bars()
+        finally:
+            python_logging.disable(disabled)
+            logging.set_verbosity(verbosity)
+            if bars:
+                enable_bars()
 
 
 def _hide_bars() -> contextlib.redirect_stderr[io.StringIO]:

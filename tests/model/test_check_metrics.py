@@ -7,6 +7,8 @@ import logging
 import math
 import re
 import socket
+import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -377,6 +379,17 @@ def test_nothing_is_printed_and_the_settings_come_back(pair: Pair, capfd: pytest
         logger.set_verbosity(before[0])
         if not before[1]:
             logger.disable_progress_bar()
+
+
+@pytest.mark.parametrize("value", [True, False])
+def test_no_warning_of_a_variable_about_progress_bars_is_shown(monkeypatch: pytest.MonkeyPatch, value: bool) -> None:
+    """HF_HUB_DISABLE_PROGRESS_BARS makes huggingface_hub warn when bars are switched on or off."""
+    monkeypatch.setattr(sys.modules["huggingface_hub.utils.tqdm"], "HF_HUB_DISABLE_PROGRESS_BARS", value)
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        with load.hide_output():
+            pass
+    assert not shown
 
 
 def test_no_connection_is_made(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
