@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
-from swsurgery.errors import ModelError
+from swsurgery.errors import ModelError, pluralise
 from swsurgery.model.protocol import Protocol
 
 HEADING = re.compile(r"^ = [^=\n](?:[^\n]*[^=\n])? = ?$", re.MULTILINE)
@@ -89,24 +89,36 @@ def cut_text(text: TokenizedText, context: int = sys.maxsize) -> CutText:
     protocol = text.protocol
     asked = protocol.window or (UNKNOWN_CONTEXT if context == sys.maxsize else context)
     if protocol.name == "lm-eval":
+        refuse_short_context(context, 0)
         window = min(asked, context)
         windows = cut_documents(text.documents, text.prefix[0], window)
         longest = max(len(piece.targets) for piece in windows)
     else:
-        [ids], bos = text.documents, text.prefix
+        [ids], bos, leading = text.documents, text.prefix, 0
         if protocol.name == "paper":  # BOS is a token of the whole text, and no other window has one
-            ids, bos = [*bos, *ids], []
+            ids, bos, leading = [*bos, *ids], [], len(bos)
         window = min(asked, context - len(bos))
-        windows = cut_windows(ids, bos, replace(protocol, window=window, stride=min(protocol.stride or window, window)))
+        refuse_short_context(context, len(bos))
+        used = replace(protocol, window=window, stride=min(protocol.stride or window, window))
+        windows = cut_windows(ids, bos, used, leading)
         longest = max(map(len, windows)) - len(bos)
     return CutText(tuple(windows), longest, text.sha256, protocol.resolve(window, bool(text.prefix)), text.words)
 
 
-def cut_windows(ids: Sequence[int], bos: Sequence[int], protocol: Protocol) -> list[Window]:
+def refuse_short_context(context: int, bos: int) -> None:
+    """Raise ModelError if the model's context has no place for two tokens of text after `bos` tokens of BOS."""
+    if context - bos < 2:
+        where = pluralise(context, "token") + (", one of them for BOS" if bos else "")
+        remedy = "use --protocol lm-eval" if context > 1 else "no protocol can measure this model"
+        raise ModelError("the model's context is too short for two tokens of text", where, remedy)
+
+
+def cut_windows(ids: Sequence[int], bos: Sequence[int], protocol: Protocol, leading: int = 0) -> list[Window]:
     """Cut the tokens `ids` of a text into windows, and put `bos` in front of each of them.
 
-    `protocol.window` must be a number. An incomplete window is left out unless it is the only one. Raises ModelError if
-    the text has fewer than two tokens, because then no token could be predicted.
+    `leading` is the number of tokens at the beginning of `ids` that are BOS. `protocol.window` must be a number. An
+    incomplete window is left out unless it is the only one, and so is a window of which no token is scored. Raises
+    ModelError if no token is scored, for example if the text has fewer than two tokens.
     """
     window = protocol.window
     assert window is not None
@@ -117,8 +129,12 @@ def cut_windows(ids: Sequence[int], bos: Sequence[int], protocol: Protocol) -> l
     known = [0 if start == 0 else window - stride for start in starts]
     first = [max(0, len(bos) + count - 1) for count in known]
     if not protocol.score_first:
-        first = [max(at, len(bos)) for at in first]
+        first = [max(at, len(bos) if start else len(bos) + leading) for at, start in zip(first, starts, strict=True)]
     pieces = [[*bos, *ids[start : start + window]] for start in starts]
+    if len(pieces[0]) - 1 <= first[0]:  # BOS and one token, which is not scored
+        pieces, first = pieces[1:], first[1:]
+        if not pieces:
+            raise ModelError("the text is too short", "no token is scored", "give a longer text, or --score-first yes")
     spans = group_spans([len(piece) - 1 - at for piece, at in zip(pieces, first, strict=True)], window - 1)
     overlap = stride < window
     return [

@@ -48,7 +48,7 @@ class Protocol:
         if (windows is not None and windows < 1) or (window is not None and window < 2):
             raise ModelError(
                 "the windows are too few or too short",
-                f"{windows} windows of {window} tokens",
+                f"{'all' if windows is None else windows} windows of {window} tokens",
                 "use at least 1 window, and at least 2 tokens in each",
             )
         if stride is not None and window is not None and not 1 <= stride <= window:

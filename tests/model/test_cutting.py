@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from swsurgery.errors import ModelError
-from swsurgery.model.cutting import Window, count_scored, count_words, cut_documents, cut_windows, split_documents
+from swsurgery.model.cutting import (
+    TokenizedText,
+    Window,
+    count_scored,
+    count_words,
+    cut_documents,
+    cut_text,
+    cut_windows,
+    split_documents,
+)
 from swsurgery.model.protocol import Protocol, choose_protocol
 from swsurgery.model.text import join_rows, split_rows
 
@@ -45,6 +56,32 @@ def test_each_token_is_scored_at_most_once(
     heads = {0} if stride < window else set(starts)  # tokens with no token of text before them in their first window
     unscored = heads if not (bos and first) else set()
     assert list_scored(windows) == sorted(covered - unscored)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_bos_of_the_whole_text_is_in_front_of_the_first_token_of_text(first: bool) -> None:
+    """With --score-first no, the same tokens of the first window are scored with and without BOS."""
+    text = TokenizedText([range(9)], [BOS], "", choose_protocol("paper", window=4, score_first=first))
+    found = cut_text(text).windows
+    assert [*map(tuple, found)] == [(BOS, 0, 1, 2), (3, 4, 5, 6)]
+    assert [each.targets for each in found] == [(0, 1, 2) if first else (1, 2), (4, 5, 6)]
+    assert cut_text(replace(text, documents=[range(2)])).windows[0].targets == ((0, 1) if first else (1,))
+
+
+def test_a_window_of_which_no_token_is_scored_is_left_out() -> None:
+    text = TokenizedText([range(4)], [BOS], "", choose_protocol("paper", window=2, score_first=False))
+    assert [each.targets for each in cut_text(text).windows] == [(2,)]
+    with pytest.raises(ModelError, match=r"^the text is too short: no token is scored \(give a longer text"):
+        cut_text(replace(text, documents=[range(1)]))
+
+
+@pytest.mark.parametrize(("name", "least"), [("default", 3), ("paper", 2), ("lm-eval", 2)])
+def test_a_context_that_is_too_short_is_named(name: Any, least: int) -> None:
+    text = TokenizedText([range(9)], [BOS], "", choose_protocol(name))
+    assert cut_text(text, least).window_tokens == 2
+    for context in range(1, least):
+        with pytest.raises(ModelError, match=rf"^the model's context is too short .*: {context} tokens?"):
+            cut_text(text, context)
 
 
 @given(st.integers(40, 400), st.integers(2, 40), st.integers(1, 39))
