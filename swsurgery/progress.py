@@ -92,3 +92,26 @@ class Rounds:
 
     def _in_round(self, label: str) -> str:
         return f"{self._word} {self._number}, {label}"
+
+
+class NumberedPart:
+    """A Progress for part `number` of the `count` parts of one task, which the caller starts and closes.
+
+    Each label begins with `word` and these numbers, such as "reading 2 of 3, layer 5/32", unless there is only one
+    part.
+    """
+
+    def __init__(self, progress: Progress, word: str, number: int, count: int):
+        self._progress, self._prefix = progress, f"{word} {number} of {count}, " if count > 1 else ""
+
+    def start(self, total: int, unit: str, label: str) -> None:
+        self.relabel(label)
+
+    def advance(self, n: int) -> None:
+        self._progress.advance(n)
+
+    def relabel(self, label: str) -> None:
+        self._progress.relabel(self._prefix + label)
+
+    def close(self) -> None:
+        pass

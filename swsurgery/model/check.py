@@ -174,8 +174,9 @@ def _run_tasks(
         for rounding in (None, *roundings)
         for side in sides
     ]
+    models = 1 if pair.base is None else 2
     return measure_tasks(
-        tasks, directory, pair.patched, names, lambda sequences: pair.run(sequences, roundings, progress)
+        tasks, directory, pair.patched, names, lambda sequences: pair.run(sequences, roundings, progress), models
     )
 
 

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal
 
@@ -46,21 +46,22 @@ from swsurgery.model.calls import (
     replace_hidden,
     split,
 )
+from swsurgery.model.changes import describe_changes
 from swsurgery.model.head import Head, VariantLogits
 from swsurgery.model.interfaces import LoadOther, Watch, Weights
 from swsurgery.model.other_tensors import OtherTensors, find_changed_by_loader
 from swsurgery.model.outcomes import Columns, Group, Outcomes, Peak, Peaks, join_outcomes, make_logits
 from swsurgery.model.places import Places, find_decoder_layers
+from swsurgery.model.readings import divide_sequences
 from swsurgery.model.slots import WeightPlan
 from swsurgery.model.variant import AnyVariant, Rounding, Variant
 from swsurgery.model.wake import ATTENTION
 from swsurgery.model.weight_plan import plan_tensors
-from swsurgery.progress import Progress, Silent
+from swsurgery.progress import NumberedPart, Progress, Silent
 
 TOKENS_AT_ONCE, GPU_FACTOR = 2048, 4
 """Maximum number of tokens in one call of a layer. On a GPU that holds all weights it is GPU_FACTOR times as large: a
-small layer takes less time to compute there than Python needs to call it. Otherwise more tokens would need more memory
-and gain no speed."""
+small layer takes less time to compute there than Python needs to call it. More tokens would gain no speed."""
 
 
 class LayeredModel:
@@ -116,9 +117,10 @@ class LayeredModel:
         """Run every sequence of token ids in every variant and yield one Outcomes per sequence, in order.
 
         Sequences may differ in length. Besides the weights, memory holds sequences x variants x tokens x channels
-        hidden states. `progress` counts one step per layer and per sequence, or the bytes streamed. Its label names the
-        current layer or sequence. `watch` sees no variant that is loaded as a model of its own. Raises ModelError as
-        the class describes, and CheckpointError if a streamed shard cannot be read.
+        hidden states. If they exceed readings.STATES and there is no `watch`, the weights are read several times, each
+        time for a part of the sequences. `progress` counts one step per layer and per sequence, or the bytes streamed.
+        Its label names the current layer or sequence. `watch` sees no variant that is loaded as a model of its own.
+        Raises ModelError as the class describes, and CheckpointError if a streamed shard cannot be read.
         """
         wanted = [Variant.of(variant) for variant in variants]
         plans = [self.plan_variant(variant) for variant in wanted]
@@ -146,21 +148,33 @@ class LayeredModel:
         """Run the variants that this model's modules can take."""
         self.places.find([variant.scalars for variant in variants])
         devices = [self.device] if self.weights is None else self.weights.devices
-        others = OtherTensors(plans, devices)
         try:
             layered = self.is_layered(sequences[0])
-            steps = len(sequences) + (len(self.layers) if layered else 0)
-            total, unit = (steps, "step") if self.weights is None else (sum(self.weights.sizes), "B")
+            run = self._run_layers if layered else self._run_whole
+            readings = self.divide(sequences, len(variants)) if watch is None else [range(len(sequences))]
+            steps = len(sequences) + (len(readings) * len(self.layers) if layered else 0)
+            total, unit = (steps, "step") if self.weights is None else (len(readings) * sum(self.weights.sizes), "B")
             progress.start(total, unit, f"{len(self.layers)} layers")
-            if layered:
-                yield from self._run_layers(sequences, variants, others, watch, progress)
-            else:
-                yield from self._run_whole(sequences, variants, others, watch, progress)
+            for number, numbers in enumerate(readings):
+                part = NumberedPart(progress, "reading", number + 1, len(readings))
+                with contextlib.closing(OtherTensors(plans, devices)) as others:
+                    yield from run({at: sequences[at] for at in numbers}, variants, others, watch, part)
         finally:
             progress.close()
-            others.close()
             if self.weights is not None:
                 self.weights.close()
+
+    def divide(self, sequences: Sequence[Sequence[int]], variants: int) -> list[range]:
+        """Return the numbers of the sequences that `run` computes in each reading of the weights."""
+        if not self.is_layered(sequences[0]):
+            return [range(len(sequences))]
+        size = variants * self.model.config.get_text_config().hidden_size * self.dtype.itemsize
+        return divide_sequences([len(ids) for ids in sequences], size, self.count_rows)
+
+    def count_rows(self, tokens: int) -> int:
+        """Return how many rows of so many tokens a layer computes in one call."""
+        factor = GPU_FACTOR if self.device.type == "cuda" and self.weights is None else 1
+        return 1 if self._one_by_one else max(1, factor * TOKENS_AT_ONCE // tokens)
 
     def plan_variant(self, variant: Variant) -> WeightPlan | Literal["apart"] | None:
         """Find the parameters that the tensors of a variant change; "apart" if it must be a model of its own.
@@ -222,20 +236,20 @@ class LayeredModel:
 
     def _run_layers(
         self,
-        sequences: Sequence[Sequence[int]],
+        sequences: Mapping[int, Sequence[int]],
         variants: Sequence[Variant],
         others: OtherTensors,
         watch: Watch | None,
         progress: Progress,
     ) -> Iterator[Outcomes]:
-        outside = self._describe_changes(variants, None, others)
+        outside = describe_changes(variants, None, others, self.places)
         columns = Columns(outside)
         with self._outside():
             groups = self._enter(sequences, variants, columns, others)
         peaks = Peaks()
         for number, layer in enumerate(self.layers):
             progress.relabel(f"layer {number + 1}/{len(self.layers)}")
-            changes = self._describe_changes(variants, number, others)
+            changes = describe_changes(variants, number, others, self.places)
             divided = columns.split(changes)
             first = columns.list_first()
             with self._weights_of(number) as device:
@@ -262,44 +276,31 @@ class LayeredModel:
 
         head = Head(self.model, self.layers, self._returned)
         with self._outside(head=True) as device:
-            for number, ids in enumerate(sequences):
-                progress.relabel(f"sequence {number + 1}/{len(sequences)}")
+            for position, (number, ids) in enumerate(sequences.items(), start=1):
+                progress.relabel(f"sequence {position}/{len(sequences)}")
                 group, at = where[number]
-                logits = VariantLogits(head, ids, group.state[at].to(device), columns.of, outside, swap)
+                own = group.state[at].to(device, copy=True)  # a view would keep the states of a whole reading alive
+                logits = VariantLogits(head, ids, own, columns.of, outside, swap)
                 found = tuple(peaks.list_by_layer(number, index) for index in range(len(variants)))
                 yield Outcomes(number, logits.wrap(), found)
                 progress.advance(0 if self.weights else 1)
 
-    def _describe_changes(self, variants: Sequence[Variant], where: int | None, others: OtherTensors) -> list[Hashable]:
-        """Describe what each variant changes in layer `where` (None: in the modules outside the layers).
-
-        Variants with equal descriptions compute the same function of the layer's input.
-        """
-        return [
-            (
-                variant.rounding if where is not None else None,
-                index if others.has(index, where) else None,
-                self.places.list_scalars_in(variant.scalars, where),
-            )
-            for index, variant in enumerate(variants)
-        ]
-
     def _enter(
         self,
-        sequences: Sequence[Sequence[int]],
+        sequences: Mapping[int, Sequence[int]],
         variants: Sequence[Variant],
         columns: Columns,
         others: OtherTensors,
     ) -> list[Group]:
         """Compute the input of the first layer for every sequence. Sequences of equal length form one group."""
         lengths: dict[int, list[int]] = defaultdict(list)
-        for number, ids in enumerate(sequences):
+        for number, ids in sequences.items():
             lengths[len(ids)].append(number)
         rows: dict[int, list[Tensor]] = defaultdict(list)
         calls: dict[int, list[Call]] = {}
         for index in columns.list_first():
             with others.swap_outside(index), self.places.swap(variants[index].scalars, None):
-                for number, ids in enumerate(sequences):
+                for number, ids in sequences.items():
                     hidden, calls[len(ids)] = self._rehearse(ids)
                     rows[number].append(hidden[0])
         return [
@@ -321,8 +322,7 @@ class LayeredModel:
         `columns` contains the number of each of these columns and the first variant in it.
         """
         rows = [(at, column, variant) for at in range(len(group.sequences)) for column, variant in columns]
-        factor = GPU_FACTOR if self.device.type == "cuda" and self.weights is None else 1
-        size = 1 if self._one_by_one or rounding else max(1, factor * TOKENS_AT_ONCE // group.state.shape[2])
+        size = 1 if rounding else self.count_rows(group.state.shape[2])
         call = move_to_device(group.calls[number], group.state.device)
         for begin in range(0, len(rows), size):
             batch = rows[begin : begin + size]
@@ -399,14 +399,14 @@ class LayeredModel:
 
     def _run_whole(
         self,
-        sequences: Sequence[Sequence[int]],
+        sequences: Mapping[int, Sequence[int]],
         variants: Sequence[Variant],
         others: OtherTensors,
         watch: Watch | None,
         progress: Progress,
     ) -> Iterator[Outcomes]:
-        for number, ids in enumerate(sequences):
-            progress.relabel(f"sequence {number + 1}/{len(sequences)}")
+        for position, (number, ids) in enumerate(sequences.items(), start=1):
+            progress.relabel(f"sequence {position}/{len(sequences)}")
             logits: list[Tensor] = []
             found: list[tuple[Peak, ...]] = []
             for index, variant in enumerate(variants):

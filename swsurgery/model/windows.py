@@ -6,17 +6,12 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedModel
 
-from swsurgery.model import load, measure, tokens
+from swsurgery.model import load, measure, readings, tokens
 from swsurgery.model.cutting import CutText, cut_text
 from swsurgery.model.forward import LayeredModel
 from swsurgery.model.protocol import Protocol
 from swsurgery.model.text import choose_text
 from swsurgery.model.tokenizer import Tokenizer
-
-STATES = 2 << 30
-"""Maximum size in bytes of the hidden states in one pass over the weights. For a 7B model in bfloat16, this allows 32
-variants of 16 windows of 512 tokens. Further variants take another pass. A pass of this size takes longer to compute
-than to read, so a larger one would save little time."""
 
 
 def cut_text_windows(model: PreTrainedModel, tokenizer: Tokenizer, text: str | None, protocol: Protocol) -> CutText:
@@ -31,9 +26,15 @@ def cut_text_windows(model: PreTrainedModel, tokenizer: Tokenizer, text: str | N
 
 
 def count_variants_at_once(model: LayeredModel, windows: Sequence[Sequence[int]]) -> int:
-    """Return the number of variants, in addition to the base, that may run in one pass over the weights; at least 1."""
+    """Return the number of variants, in addition to the base, that may run at once; at least 1.
+
+    `LayeredModel.run` divides the windows, but no batch of windows and no variants. So the hidden states of one batch
+    must fit in readings.STATES in all variants, or the logits of one window if the model runs in whole passes.
+    """
     config, element = model.model.config.get_text_config(), model.dtype.itemsize
-    size: int = sum(map(len, windows)) * config.hidden_size * element
-    if not model.is_layered(windows[0]):  # the logits of all variants of a window then exist at once
-        size += max(map(len, windows)) * config.vocab_size * element
-    return max(1, STATES // size - 1)
+    longest = max(map(len, windows))
+    if model.is_layered(windows[0]):
+        size: int = min(model.count_rows(longest), len(windows)) * longest * config.hidden_size * element
+    else:
+        size = longest * config.vocab_size * element
+    return max(1, readings.STATES // size - 1)

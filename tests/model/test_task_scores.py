@@ -22,7 +22,7 @@ import swsurgery
 from swsurgery.checkpoint.opening import open_checkpoint
 from swsurgery.cli import main, show_tasks
 from swsurgery.errors import SwsurgeryError, Unrunnable
-from swsurgery.model import load
+from swsurgery.model import load, readings
 from swsurgery.model.tasks import continuations
 from swsurgery.model.tasks.continuations import Continuation, score_continuations
 from swsurgery.model.tasks.options import TaskOptions
@@ -55,18 +55,19 @@ WANTED = [
 ]
 
 
-@pytest.mark.parametrize(("most", "readings"), [(10_000, 1), (40, 2), (1, 4)])
+@pytest.mark.parametrize(("most", "parts"), [(10_000, 1), (40, 2), (1, 4)])
 @pytest.mark.parametrize("small", [False, True], ids=["one part", "many parts"])
 def test_each_continuation_is_scored_as_transformers_scores_it_alone(
-    pair: Pair, monkeypatch: pytest.MonkeyPatch, most: int, readings: int, small: bool
+    pair: Pair, monkeypatch: pytest.MonkeyPatch, most: int, parts: int, small: bool
 ) -> None:
     if small:
         limits = continuations.LIMITS["cpu"]._replace(base=5 * tiny_checkpoint.VOCABULARY)
         monkeypatch.setitem(continuations.LIMITS, "cpu", limits)
     model = load.open_model(open_checkpoint(pair.patched), device="cpu")
     variants: list[dict[Any, float]] = [{change.coordinate: change.base for change in pair.changes}, {}]
-    found = score_continuations(WANTED, lambda ids: model.run(ids, variants), most)
-    assert (found.sequences, found.readings) == (4, readings)
+    monkeypatch.setattr(readings, "STATES", most * 2 * 16 * 4)  # two variants of 16 channels in float32
+    found = score_continuations(WANTED, lambda ids: model.run(ids, variants))
+    assert (len(found.inputs), len(model.divide(found.inputs, 2))) == (4, parts)
     for one, answers in found.answers.items():
         for folder, answer in zip((pair.base, pair.patched), answers, strict=True):
             loglikelihood, greedy = score_alone(folder, one)
@@ -80,7 +81,7 @@ def test_the_most_likely_token_is_greedy(pair: Pair) -> None:
     first = int(logits[-1].argmax())
     model = load.open_model(open_checkpoint(pair.base), device="cpu")
     wanted = [Continuation((5, 9, token), 1) for token in (first, (first + 1) % tiny_checkpoint.VOCABULARY)]
-    found = score_continuations(wanted, lambda ids: model.run(ids, [{}]), 100).answers
+    found = score_continuations(wanted, lambda ids: model.run(ids, [{}])).answers
     assert [found[one][0].greedy for one in wanted] == [True, False]
 
 

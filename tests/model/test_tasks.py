@@ -21,6 +21,7 @@ from tiny_checkpoint import TEXT, Pair, write_pair
 import swsurgery
 from swsurgery.cli import main
 from swsurgery.errors import SwsurgeryError
+from swsurgery.model import readings
 from swsurgery.model.tasks import answering, measure_tasks
 from swsurgery.model.tasks.report import TaskReport
 
@@ -121,7 +122,7 @@ def test_batches_and_streaming_change_no_score(plain: Pair, tmp_path: Path, monk
     task_files.write_rolling(tmp_path, [TEXT])
     options: dict[str, Any] = {"base": plain.base, "tasks": ["cloze", "rolling"], "tasks_dir": tmp_path, **SHORT}
     whole = swsurgery.check(plain.patched, **options).tasks
-    monkeypatch.setattr(measure_tasks, "STATES", 60 * 64 * 4 * 2)
+    monkeypatch.setattr(readings, "STATES", 60 * 64 * 4 * 2)
     monkeypatch.setattr(answering, "TEXTS_PER_TOKENIZER", 7)  # several processes, one after another
     streamed = swsurgery.check(plain.patched, placement="streamed", **options).tasks
     assert whole is not None and streamed is not None

@@ -23,8 +23,7 @@ from safetensors.torch import load_file, save_file
 from swsurgery.checkpoint.opening import open_checkpoint
 from swsurgery.checkpoint.projections import locate
 from swsurgery.errors import ArchitectureError, ModelError
-from swsurgery.model import load
-from swsurgery.model import windows as windows_module
+from swsurgery.model import load, readings
 from swsurgery.model.forward import LayeredModel
 from swsurgery.model.outcomes import Outcomes, make_logits
 from swsurgery.model.protocol import Protocol
@@ -355,9 +354,7 @@ def test_a_model_too_large_for_one_reading_is_read_in_groups_beside_the_base(
     found = bench.confirm(shorts)
     assert len(spy.runs) == 1
     asked = spy.runs.pop()
-    monkeypatch.setattr(
-        windows_module, "STATES", 5 * 4 * 16 * WINDOWS * LENGTH
-    )  # five variants of 16 channels in float32
+    monkeypatch.setattr(readings, "STATES", 5 * 4 * 16 * WINDOWS * LENGTH)  # five variants of 16 channels in float32
     in_groups = bench.confirm(shorts)
     assert all(variants[0] == {} and 2 <= len(variants) <= 5 for variants in spy.runs)
     assert [v for variants in spy.runs for v in variants if v] == [v for v in asked if v]
@@ -414,6 +411,9 @@ class Told:
 
     def is_layered(self, ids: Sequence[int]) -> bool:
         return True
+
+    def count_rows(self, tokens: int) -> int:
+        return 1
 
     def run(self, sequences: Any, variants: Any, *, progress: Any = None) -> Iterator[Outcomes]:
         for number, ids in enumerate(sequences):

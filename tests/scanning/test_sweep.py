@@ -22,8 +22,7 @@ from tiny_checkpoint import DOWN, TEXT, write_pair
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.checkpoint.opening import open_checkpoint
 from swsurgery.errors import ModelError, NumberError
-from swsurgery.model import load
-from swsurgery.model import windows as windows_module
+from swsurgery.model import load, readings
 from swsurgery.model.forward import LayeredModel
 from swsurgery.model.intervals import DESIGN_EFFECT
 from swsurgery.model.outcomes import Outcomes
@@ -204,7 +203,7 @@ def test_many_factors_are_run_in_groups_and_equal_values_once(
     assert swept(checkpoint, [*FACTORS, 1.0001, -1.9999]).points[: len(FACTORS)] == report.points
     assert runs.pop() == 1 + len(FACTORS) - 1 and not runs
     state = 16 * 4 * WINDOW * len(windows_of(base))
-    monkeypatch.setattr(windows_module, "STATES", 3 * state)
+    monkeypatch.setattr(readings, "STATES", 3 * state)
     grouped = swept(checkpoint)
     assert runs == [3, 3]
     assert grouped.base == report.base

@@ -35,46 +35,26 @@ Answers: TypeAlias = dict[Continuation, tuple[Answer, ...]]
 """The answers of each variant, in order, by continuation."""
 
 Run: TypeAlias = Callable[[Sequence[Sequence[int]]], Iterator[Outcomes]]
-"""Runs all variants on sequences of token ids, with one reading of the weights."""
+"""Runs all variants on sequences of token ids."""
 
 
 class Scored(NamedTuple):
-    """The answers, the number of different inputs and the number of readings of the weights."""
+    """The answers, and the different inputs in the order in which they were run."""
 
     answers: Answers
-    sequences: int
-    readings: int
+    inputs: Sequence[tuple[int, ...]]
 
 
-def score_continuations(wanted: Sequence[Continuation], run: Run, most_tokens: int) -> Scored:
-    """Score continuations in all variants of `run`. At most `most_tokens` tokens are run in one reading.
-
-    Inputs of equal length are run in the same reading if possible. A longer input than `most_tokens` is run alone.
-    """
+def score_continuations(wanted: Sequence[Continuation], run: Run) -> Scored:
+    """Score continuations in all variants of `run`. Longer inputs are run first."""
     shared: dict[tuple[int, ...], list[Continuation]] = defaultdict(list)
     for each in wanted:
         shared[each.tokens[:-1]].append(each)
     answers: Answers = {}
-    readings = 0
-    for batch in _divide(sorted(shared, key=lambda ids: (-len(ids), ids)), most_tokens):
-        readings += 1
-        for outcomes in run(batch):
-            answers |= _score_sequence(shared[batch[outcomes.sequence]], outcomes.logits)
-    return Scored(answers, len(shared), readings)
-
-
-def _divide(sequences: Sequence[tuple[int, ...]], most: int) -> Iterator[list[tuple[int, ...]]]:
-    """Divide sequences into batches of at most `most` tokens, and at least one sequence each."""
-    batch: list[tuple[int, ...]] = []
-    size = 0
-    for ids in sequences:
-        if batch and size + len(ids) > most:
-            yield batch
-            batch, size = [], 0
-        batch.append(ids)
-        size += len(ids)
-    if batch:
-        yield batch
+    inputs = sorted(shared, key=lambda ids: (-len(ids), ids))
+    for outcomes in run(inputs):
+        answers |= _score_sequence(shared[inputs[outcomes.sequence]], outcomes.logits)
+    return Scored(answers, inputs)
 
 
 def _score_sequence(shared: Sequence[Continuation], logits: Logits) -> Mapping[Continuation, tuple[Answer, ...]]:

@@ -17,17 +17,17 @@ from swsurgery.model.tasks.continuations import Run, score_continuations
 from swsurgery.model.tasks.load import LoadedTasks, describe_error, hide_libraries
 from swsurgery.model.tasks.paired import compare_items, compute_difference_interval
 from swsurgery.model.tasks.report import TaskMetric, TaskReport, TaskScore
-from swsurgery.model.windows import STATES
 
 
 def measure_tasks(
-    loaded: LoadedTasks, directory: Path, model: LayeredModel, names: Sequence[str], run: Run
+    loaded: LoadedTasks, directory: Path, model: LayeredModel, names: Sequence[str], run: Run, models: int = 1
 ) -> TaskReport:
     """Score the variants of `run`, whose names are `names`; the first one is the base.
 
-    `directory` contains the tokenizer. All requests of all tasks are run together, in as many readings of the weights
-    as the memory for hidden states needs (STATES). Raises SwsurgeryError, naming the tasks, if lm-eval cannot compute
-    the scores, and ModelError if a request is longer than the model's context.
+    `directory` contains the tokenizer. `run` runs all variants on `model`, or on `models` models like it in equal
+    shares. All requests of all tasks are run together, in as many readings of the weights as the memory for hidden
+    states needs. Raises SwsurgeryError, naming the tasks, if lm-eval cannot compute the scores, and ModelError if a
+    request is longer than the model's context.
     """
     context = load.get_context_length(model.model)
     lm = AnsweringModel(
@@ -39,14 +39,14 @@ def measure_tasks(
     for kind, instances in by_type.items():
         getattr(lm, kind)(instances)
     measure.refuse_unknown_tokens(model.model, [each.tokens for each in lm.wanted])
-    scored = score_continuations(list(lm.wanted), run, count_tokens_at_once(model, len(names)))
+    scored = score_continuations(list(lm.wanted), run)
     lm.answers = scored.answers
     results = [_compute_scores(loaded, lm, number) for number in range(len(names))]
     return TaskReport(
         metrics=tuple(_list_metrics(loaded, results, names)),
         requests=len(loaded.instances),
-        sequences=scored.sequences,
-        readings=scored.readings,
+        sequences=len(scored.inputs),
+        readings=len(model.divide(scored.inputs, len(names) // models)),
         limit=loaded.options.limit,
         lm_eval=loaded.version,
         not_finite=tuple(
@@ -55,12 +55,6 @@ def measure_tasks(
             if not all(math.isfinite(each[number].loglikelihood) for each in scored.answers.values())
         ),
     )
-
-
-def count_tokens_at_once(model: LayeredModel, variants: int) -> int:
-    """Return how many tokens may be run in one reading of the weights, so that all hidden states fit in STATES."""
-    size: int = model.model.config.get_text_config().hidden_size * model.dtype.itemsize
-    return max(1, STATES // (size * variants))
 
 
 def _compute_scores(loaded: LoadedTasks, lm: AnsweringModel, number: int) -> dict[str, Any]:
