@@ -50,7 +50,7 @@ PERSISTENT: dict[str, dict[str, Any]] = {
     "gpt_neox": WIDE,
     "mixtral": WIDE | {"num_experts_per_tok": 2},
 }
-RECURRING = ("qwen3_5_text", "qwen3_next", "jamba", "bamba", "lfm2", "nemotron_h", "kimi_linear")
+RECURRING = ("qwen3_5_text", "qwen3_next", "jamba", "bamba", "lfm2", "nemotron_h", "falcon_h1", "kimi_linear")
 DEPTHS, SIZES, SEEDS = (6, 12, 24), (30, 100, 300, 1000), 20
 SPREADS = (0.02, 0.3, 1.0)
 TRIES = 10
@@ -77,7 +77,7 @@ def measure(family: str, depth: int, seed: int) -> dict[Case, Count]:
 def build(family: str, depth: int, seed: int) -> transformers.PreTrainedModel:
     """Build a random model with about `depth` layers. Hybrids have at least two layers with full attention."""
     if family in RECURRING:
-        return hybrids.build(family, seed, max(2, depth // (4 if family == "nemotron_h" else 3)))
+        return hybrids.build(family, seed, hybrids.count_periods(family, depth))
     return planted.build(family, seed, depth, **PERSISTENT[family])
 
 

@@ -22,7 +22,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
-from swsurgery.checkpoint.attention_layers import find_attention_layers
+from swsurgery.checkpoint.attention_layers import explain_unknown_layers, find_attention_layers
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.errors import ModelError, Unrunnable, list_some, pluralise
 from swsurgery.model import Placement, load, measure, tokens
@@ -158,6 +158,8 @@ def scan_sequences(
     notes = [f"{_format_numbers('layer', unseen)}: the down projection is not observed"] if unseen else []
     if layers <= least:
         notes.append(f"the model has {layers} layers: too few for an activation to persist through {least} more")
+    if unknown := explain_unknown_layers(checkpoint.config, checkpoint.shapes, layers):
+        notes.append(unknown)
     profile = passport = None
     rounds = 0
     while rounds < max_rounds:

@@ -151,6 +151,12 @@ def fill_sequences(sequences: Sequence[Sequence[int]]) -> list[list[int]]:
     return padded
 
 
+def read_multiplier(layer: nn.Module) -> float:
+    """Return the number by which a layer multiplies the output of its down projection before adding it."""
+    of_residual = float(getattr(layer, "residual_multiplier", 1.0))  # Granite
+    return of_residual * float(getattr(getattr(layer, "feed_forward", None), "down_multiplier", 1.0))  # Falcon-H1
+
+
 class LayerSpikes(SourceWatch):
     """Runs a model and observes its down projections.
 
@@ -197,7 +203,7 @@ class LayerSpikes(SourceWatch):
 
     def watch_layer(self, layer: nn.Module) -> list[RemovableHandle]:
         self._normed: list[tuple[Tensor, Tensor]] = []
-        self._multiplier = float(getattr(layer, "residual_multiplier", 1.0))  # Granite
+        self._multiplier = read_multiplier(layer)
         norms = [module for module in layer.modules() if "norm" in type(module).__name__.lower()]
         handles = [norm.register_forward_hook(self._keep_norm) for norm in norms]
         self._entry: Tensor | None = None

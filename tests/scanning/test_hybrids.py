@@ -53,8 +53,9 @@ def test_a_recurring_activation_is_reported_with_the_layers_where_it_appears(fam
     massive = [layer for one in activation.appearances for layer in range(one.first, one.last + 1)]
     assert massive == [layer for layer, ratio in enumerate(states) if ratio > 50]  # as transformers computes them
     for one, creator, remover in zip(activation.appearances, planted.creators, planted.removers, strict=True):
-        assert one.made_by.describe() == f"layer {creator.layer} [{creator.row}, {creator.col}] 1.00"
-        assert one.removed_by.describe() == f"layer {remover.layer} [{remover.row}, {remover.col}] 1.00"
+        mlp = " expert shared" if family == "granitemoehybrid" else ""  # its MLP runs beside experts, if it has any
+        assert one.made_by.describe() == f"layer {creator.layer}{mlp} [{creator.row}, {creator.col}] 1.00"
+        assert one.removed_by.describe() == f"layer {remover.layer}{mlp} [{remover.row}, {remover.col}] 1.00"
 
 
 def test_every_output_shows_a_recurring_activation(scanned, capsys):
@@ -84,12 +85,17 @@ def test_an_activation_before_most_layers_recurs_and_one_before_few_does_not(tmp
         assert places(report.candidates) == (sorted(place[:3] for place in planted.creators) if recurs else [])
 
 
-def test_the_same_states_in_a_model_that_is_no_hybrid_do_not_recur(tmp_path):
+def test_the_same_states_do_not_recur_if_the_kinds_of_layers_are_not_stated(tmp_path):
     model = build("lfm2", 2)
     plant_recurring(model, "lfm2")
     layered = opened(model, tmp_path)
     layered.checkpoint.config.pop("layer_types")
-    assert scan_sequences(layered, SEQUENCES).activations == ()
+    report = scan_sequences(layered, SEQUENCES)
+    assert report.activations == ()
+    assert report.notes == (
+        "config.json does not state which layers have full attention: "
+        "activations that recur before layers with full attention are not looked for",
+    )
 
 
 def test_zeroed_creators_leave_nothing(tmp_path):
@@ -124,6 +130,10 @@ def test_the_layers_with_full_attention_are_those_that_transformers_builds(famil
         ({"attn_layer_period": 8, "attn_layer_offset": 4}, (4,)),
         ({"layers_block_type": ["mamba", "hybrid"] * 4}, (1, 3, 5, 7)),
         ({"full_attn_idxs": [2, 5]}, (2, 5)),
+        ({"hybrid_layer_ids": [1, 4]}, (1, 4)),
+        ({"layer_group_size": 3}, (2, 5)),
+        ({"attn_type_list": [0, 0, 0, 1] * 2}, (3, 7)),
+        ({"model_type": "falcon_h1"}, tuple(range(8))),
         ({"text_config": {"layer_types": ["linear_attention"] * 7 + ["full_attention"]}}, (7,)),
         ({"layer_types": ["sliding_attention", "full_attention"] * 4}, ()),  # Gemma 3 is no hybrid
         ({"layer_types": ["mamba"] * 8}, ()),
@@ -132,6 +142,8 @@ def test_the_layers_with_full_attention_are_those_that_transformers_builds(famil
         ({"attn_layer_period": 0, "attn_layer_offset": 0, "full_attention_interval": True}, ()),
         ({"attn_layer_indices": [True, -1], "linear_attn_config": [], "hybrid_override_pattern": "*"}, ()),
         ({"layer_types": [["full_attention"], {}]}, ()),
+        ({"attn_type_list": [True, "1"] * 4, "layer_group_size": "4", "hybrid_layer_ids": [8]}, ()),
+        ({"attn_type_list": [1] * 8, "model_type": ["falcon_h1"]}, ()),
     ],
 )
 def test_config_json_states_the_layers_with_full_attention(config, layers):

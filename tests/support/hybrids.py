@@ -90,17 +90,46 @@ def make_settings(family: str, periods: int = 3) -> dict[str, Any]:
         | {"layers_block_type": ["mamba", "mlp", "attention", "mlp"] * periods, "n_routed_experts": 4}
         | {"moe_shared_expert_intermediate_size": 20, "ssm_state_size": 4, "mamba_num_heads": 2}
         | {"mamba_head_dim": 16, "n_groups": 1, "chunk_size": 4, "conv_kernel": 2},
+        "falcon_h1": _MAMBA_2
+        | {"mamba_expand": 2, "mamba_d_ssm": 64, "num_hidden_layers": 1 + 2 * periods, "mlp_multipliers": [0.9, 0.25]},
+        "granitemoehybrid": _MAMBA_2
+        | {"layer_types": _types("mamba", "attention", periods), "mamba_expand": 2, "residual_multiplier": 0.5}
+        | {"num_local_experts": 0, "shared_intermediate_size": 24},
         "olmo_hybrid": linear | _HEADS,
+        "lfm3": {"layer_types": _types("conv", "full_attention", periods)},
+        "lfm2_moe": {"layer_types": _types("conv", "full_attention", periods)}
+        | _EXPERTS
+        | {"num_experts": 4, "num_dense_layers": 1},
+        "qwen3_5_moe_text": linear | _HEADS | _EXPERTS | {"num_experts": 4, "shared_expert_intermediate_size": 20},
+        "bailing_hybrid": linear
+        | _EXPERTS
+        | _LATENT
+        | {"num_experts": 4, "first_k_dense_replace": 1, "short_conv_kernel_size": 2},
+        "zamba": {"layers_block_type": _types("mamba", "hybrid", periods), "n_mamba_heads": 2}
+        | {"mamba_d_state": 4, "mamba_d_conv": 2, "mamba_expand": 2, "mamba_dt_rank": 2},
+        "zamba2": {"layers_block_type": _types("mamba", "hybrid", periods), "n_mamba_heads": 2}
+        | {"num_mem_blocks": 2, "adapter_rank": 2, "chunk_size": 4}
+        | {"mamba_d_state": 4, "mamba_d_conv": 2, "mamba_expand": 2},
         "minimax": linear | {"num_local_experts": 4, "num_experts_per_tok": 2, "block_size": 4},
     }
     depth = {} if family == "nemotron_h" else {"num_hidden_layers": count}
     return _SIZES | depth | per_family[family]
 
 
-PLANTABLE = ("qwen3_next", "qwen3_5_text", "kimi_linear", "lfm2", "jamba", "bamba", "recurrent_gemma", "nemotron_h")
+PLANTABLE = (
+    *("qwen3_next", "qwen3_5_text", "kimi_linear", "lfm2", "jamba", "bamba", "recurrent_gemma", "nemotron_h"),
+    *("falcon_h1", "granitemoehybrid"),
+)
 """Families whose MLPs add to the residual stream without a norm, in transformers' own implementations."""
 
-FAMILIES = (*PLANTABLE, "olmo_hybrid", "minimax")
+SHARED = ("zamba", "zamba2")
+"""Families in which several layers share an MLP, which does not add to the residual stream."""
+
+FAMILIES = (
+    *PLANTABLE,
+    *SHARED,
+    *("olmo_hybrid", "minimax", "lfm3", "lfm2_moe", "qwen3_5_moe_text", "bailing_hybrid"),
+)
 
 
 def build(family: str, seed: int = 0, periods: int = 3, spread: float = 0.3) -> transformers.PreTrainedModel:
@@ -117,18 +146,29 @@ def build(family: str, seed: int = 0, periods: int = 3, spread: float = 0.3) -> 
 
 def list_attention(family: str, periods: int = 3) -> list[int]:
     """List the layers with full attention of the models that `build` makes."""
+    if family == "falcon_h1":  # attention and Mamba side by side in every layer
+        return list(range(1 + 2 * periods))
     step = 4 if family == "nemotron_h" else 3
     return list(range(2, step * periods, step))
+
+
+def list_planted(family: str, periods: int = 3) -> list[int]:
+    """List the layers with full attention that `plant_recurring` plants an activation before."""
+    return list(range(1, 1 + 2 * periods, 2)) if family == "falcon_h1" else list_attention(family, periods)
+
+
+def count_periods(family: str, layers: int) -> int:
+    """Count the activations that `plant_recurring` plants in a model with about `layers` layers: at least 2."""
+    return max(2, layers // {"nemotron_h": 4, "falcon_h1": 2}.get(family, 3))
 
 
 @torch.no_grad()
 def plant_recurring(
     model: transformers.PreTrainedModel, family: str, medians: float = 1000.0, skipped: Sequence[int] = ()
 ) -> Planted:
-    """Plant an activation of `medians` medians before each layer with full attention, except those in `skipped`."""
+    """Plant an activation of `medians` medians before each layer of `list_planted`, except those in `skipped`."""
     _clear(model)
-    layers = len(model.model.layers)
-    attention = list_attention(family, layers // (4 if family == "nemotron_h" else 3))
+    attention = list_planted(family, count_periods(family, len(model.model.layers)))
     creators, removers = [], []
     for layer in (layer for layer in attention if layer not in skipped):
         after = layer + 1 if family == "nemotron_h" else layer  # the next layer with an MLP
@@ -160,7 +200,10 @@ def _set(model: transformers.PreTrainedModel, place: Place, source: int, medians
         weight[source] = 2.0 * sign
     module.weight[:, place.col] = 0.0  # the neuron writes to its own channel only
     state, x = _run(model, place, module)
-    down.copy_((medians * state.abs().median() - state[CHANNEL]) / x[place.col])
+    config = model.config
+    multiplier = config.mlp_multipliers[1] if config.model_type == "falcon_h1" else 1.0
+    multiplier *= getattr(config, "residual_multiplier", 1.0)
+    down.copy_((medians * state.abs().median() - state[CHANNEL]) / (x[place.col] * multiplier))
 
 
 class _Stop(Exception):

@@ -124,7 +124,11 @@ def weights_of(model: transformers.PreTrainedModel, place: Place) -> tuple[Tenso
         into = mlp.dense_h_to_4h.weight.data[col]
         return into, into, mlp.dense_4h_to_h.weight.data[row, col]
     block = model.model.layers[layer]
-    mlp = next(getattr(block, name) for name in ("mlp", "feed_forward", "mixer", "mlp_block") if hasattr(block, name))
+    mlp = next(
+        getattr(block, name)
+        for name in ("mlp", "feed_forward", "mixer", "mlp_block", "shared_mlp")
+        if hasattr(block, name)
+    )
     if isinstance(expert, int):
         down = mlp.experts.down_proj.data[expert]
         if kind == "nemotron_h":
@@ -137,7 +141,7 @@ def weights_of(model: transformers.PreTrainedModel, place: Place) -> tuple[Tenso
         mlp = next(
             getattr(mlp, name) for name in ("shared_expert", "shared_experts", "shared_mlp") if hasattr(mlp, name)
         )
-    for fused, into in (("gate_up_proj", "down_proj"), ("Wi", "Wo")):
+    for fused, into in (("gate_up_proj", "down_proj"), ("Wi", "Wo"), ("input_linear", "output_linear")):
         if hasattr(mlp, fused):
             both = getattr(mlp, fused).weight.data
             return both[col], both[len(both) // 2 + col], getattr(mlp, into).weight.data[row, col]
