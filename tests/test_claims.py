@@ -11,7 +11,7 @@ import yaml
 from typer.main import get_command
 
 import swsurgery
-from swsurgery.cli import app
+from swsurgery.cli import make_app
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -33,7 +33,7 @@ def test_the_tests_run_on_the_claimed_system_and_pythons():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_the_commands_on_a_page_have_the_options_that_it_uses(page):
-    commands = get_command(app).commands
+    commands = get_command(make_app()).commands
     for block in re.findall(r"^```[^\n]*\n(.*?)^```", page.read_text(), re.M | re.S):
         for line in block.replace("\\\n", " ").splitlines():
             words = re.match(r"(?:\$ |- run: |    - )?swsurgery ([a-z]+)\b([^#|>]*)", line.strip())

@@ -23,6 +23,7 @@ from typing import Literal
 
 from swsurgery.checkpoint.edited_shard import OpenShard, make_change_error
 from swsurgery.checkpoint.journal_format import MAX_JOURNAL, Journal, JournalFile, JournalPlace, parse_journal
+from swsurgery.checkpoint.listing import is_edit_pending
 from swsurgery.errors import CheckpointError, Interrupted, SwsurgeryError, TargetError, list_some, report_done
 from swsurgery.storage import filesystem
 from swsurgery.storage.files import LocalFile, read_exactly
@@ -152,14 +153,6 @@ def _take_back(folder: Folder, shards: Mapping[str, OpenShard], journal: Journal
         raise error.replace_left("the old bytes were put back") from None
 
 
-def is_pending(folder: Folder) -> bool:
-    """Return True if an edit in place was interrupted in this directory, or is running now.
-
-    Raises TargetError if the directory cannot be read.
-    """
-    return any(filesystem.is_there(folder / name) for name in WORKING_FILES)
-
-
 def recover(folder: Folder, *, moved: bool = False) -> Journal | None:
     """Undo an interrupted edit in place, remove its working files, and return its journal.
 
@@ -168,7 +161,7 @@ def recover(folder: Folder, *, moved: bool = False) -> Journal | None:
     its directory. Raises TargetError if the directory cannot be written. Raises CheckpointError if the journal is
     damaged or does not match the files, or if another program changed the files after the interruption.
     """
-    if not is_pending(folder):
+    if not is_edit_pending(folder):
         return None
     with filesystem.convert_os_errors(folder), contextlib.ExitStack() as opened:
         journal = _read_journal(folder)

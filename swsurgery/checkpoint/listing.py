@@ -33,6 +33,14 @@ def open_directory(root: Path) -> Folder:
         raise CheckpointError(f"the directory cannot be opened ({os.strerror(error.errno or 0)})", root) from error
 
 
+def is_edit_pending(folder: Folder) -> bool:
+    """Return True if an edit in place was interrupted in this directory, or is running now.
+
+    Raises TargetError if the directory cannot be read.
+    """
+    return any(filesystem.is_there(folder / name) for name in WORKING_FILES)
+
+
 def list_files(root: Folder) -> tuple[tuple[BaseFile, ...], tuple[str, ...]]:
     """Return the regular files in `root` and its folders, sorted by name, and the names of LEFT_OUT that exist.
 

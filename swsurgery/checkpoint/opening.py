@@ -11,9 +11,8 @@ import os
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, get_args
+from typing import TYPE_CHECKING, Protocol, get_args
 
-from swsurgery.checkpoint import journal
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.checkpoint.copies import look_at_others
 from swsurgery.checkpoint.damage import Survey, find_present_weights, read_damaged_shards
@@ -21,8 +20,14 @@ from swsurgery.checkpoint.gguf_config import make_config
 from swsurgery.checkpoint.gguf_survey import check_parts, find_parts, read_damaged_parts, refuse_part
 from swsurgery.checkpoint.headers import find_disagreements, read_each, read_headers, read_shards
 from swsurgery.checkpoint.hints import is_cache_folder, suggest_neighbour, suggest_snapshot
-from swsurgery.checkpoint.journal_format import Journal
-from swsurgery.checkpoint.listing import LEFT_OUT, identify_cache, is_cache_snapshot, list_files, open_directory
+from swsurgery.checkpoint.listing import (
+    LEFT_OUT,
+    identify_cache,
+    is_cache_snapshot,
+    is_edit_pending,
+    list_files,
+    open_directory,
+)
 from swsurgery.checkpoint.record import find_record_among
 from swsurgery.checkpoint.weight_files import (
     WeightFiles,
@@ -46,6 +51,9 @@ from swsurgery.storage.names import WORKING_FILES, is_undo_name
 from swsurgery.storage.numbers import format_size
 from swsurgery.storage.shard import Shard
 from swsurgery.storage.strict_json import quote, read_config
+
+if TYPE_CHECKING:
+    from swsurgery.checkpoint.journal_format import Journal
 
 
 class Chosen(Protocol):
@@ -119,11 +127,11 @@ def held(root: Path | Folder | RemoteTree) -> Iterator[Folder | RemoteTree]:
         return
     folder = _open_directory(root)
     editable = not is_cache_snapshot(folder.path)
-    if editable and journal.is_pending(folder):
+    if editable and is_edit_pending(folder):
         with held_for_editing(folder):  # undoing needs the exclusive lock, so it is done before the shared lock
             pass
     with filesystem.lock_directory(folder, exclusive=False):
-        if editable and journal.is_pending(folder):
+        if editable and is_edit_pending(folder):
             raise TargetError("another edit in place was cut off just now", folder, "run the same command again")
         yield folder
 
@@ -136,6 +144,8 @@ def held_for_editing(root: Path | Folder, *, moved: bool = False) -> Iterator[tu
     accepted if it was copied together with its directory. Raises the errors of `held`, and TargetError while another
     run reads the directory.
     """
+    from swsurgery.checkpoint import journal  # most commands only read
+
     folder = root if isinstance(root, Folder) else _open_directory(root)
     with filesystem.lock_directory(folder, exclusive=True):
         yield folder, journal.recover(folder, moved=moved)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -36,7 +37,8 @@ class Output:
     `command` is the name of the command, and `given` contains the names of its other parameters that the user gave.
     `variables` maps the environment variables from which the command took values to these values.
     `printed` is True once a JSON document was printed. `main` creates the Output, and the command sets its fields as
-    soon as the command line is parsed. `table` is the form that --csv or --latex asks for, or None.
+    soon as the command line is parsed. `table` is the form that --csv or --latex asks for, or None. `began` is the time
+    in seconds of the monotonic clock at which the command began.
     """
 
     json: bool = False
@@ -47,6 +49,7 @@ class Output:
     command: str = ""
     printed: bool = False
     table: TableForm | None = None
+    began: float = field(default_factory=time.monotonic)
     _bar: Bar | None = None
 
     def print_result(self, result: R, show: Callable[[R], None]) -> None:
@@ -79,7 +82,7 @@ class Output:
 
     def make_reporter(self) -> Bar:
         """Make a Reporter that draws a progress bar and prints notes, or nothing if --quiet was given."""
-        self._bar = Bar(self.quiet)
+        self._bar = Bar(self.quiet, self.began)
         return self._bar
 
     def end_progress(self) -> None:

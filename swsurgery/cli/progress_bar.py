@@ -17,7 +17,10 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 FIRST_LINE = 0.25
-"""Seconds after which the first task is reported if stderr is not a terminal."""
+"""Seconds after the begin of the command after which its first task is reported if stderr is not a terminal."""
+
+SHORT_TASK = 0.1
+"""Seconds that the first task lasts at least if it is reported. Imports may have taken FIRST_LINE before it began."""
 
 PHASE_LINE = 1.0
 """Seconds after which a task of another kind than those reported before is reported."""
@@ -30,14 +33,16 @@ class Bar:
     """A Reporter that prints notes and a progress bar on stderr, or nothing if `quiet` is set.
 
     If stderr is not a terminal, such as the log of a CI job, lines take the place of the bar. A task of unknown length,
-    such as loading torch, is reported at once unless torch is loaded already. Any other task is reported when it has
-    taken FIRST_LINE seconds, or PHASE_LINE seconds if a line about another kind of task was printed before. Further
+    such as loading torch, is reported at once unless torch is loaded already. Any other task is reported FIRST_LINE
+    seconds after the command began at `began` (by default, now), but not before it has taken SHORT_TASK seconds. If a
+    line about another kind of task was printed before, it is reported when it has taken PHASE_LINE seconds. Further
     lines follow every NEXT_LINE seconds. So short tasks print nothing, and many similar tasks, such as rounds, print
     one line a minute.
     """
 
-    def __init__(self, quiet: bool = False):
+    def __init__(self, quiet: bool = False, began: float | None = None):
         self._quiet = quiet
+        self._began = time.monotonic() if began is None else began
         self._terminal = is_terminal(sys.stderr)
         self._bar: tqdm[NoReturn] | None = None
         self._lines: _Lines | None = None
@@ -77,7 +82,9 @@ class Bar:
             return max(PHASE_LINE, self._printed + NEXT_LINE - time.monotonic())
         if total == 0:  # torch will be loaded, which takes seconds unless the process has loaded it before
             return PHASE_LINE if "torch" in sys.modules else 0.0
-        return FIRST_LINE if self._printed is None else PHASE_LINE
+        if self._printed is not None:
+            return PHASE_LINE
+        return max(SHORT_TASK, self._began + FIRST_LINE - time.monotonic())
 
     def advance(self, n: int) -> None:
         if self._bar is not None:

@@ -28,7 +28,6 @@ from swsurgery.editing.applied import SMALL_CHECKPOINT, Applied
 from swsurgery.editing.base import collect_known_digests, find_base, read_base
 from swsurgery.editing.copy import write_checkpoint
 from swsurgery.editing.copy_job import CopyJob, Link
-from swsurgery.editing.in_place import apply_in_place, plan_in_place
 from swsurgery.editing.pins import check_left_out, check_planned
 from swsurgery.editing.plan import Plan, make_plan
 from swsurgery.editing.record import complete_record, draft_record
@@ -84,6 +83,8 @@ def plan(
     undo_limit = _require_limit(undo_limit)
     loaded = load_merged(manifest, base)
     if in_place:
+        from swsurgery.editing.in_place import plan_in_place
+
         return plan_in_place(loaded, find_base(loaded, base), undo_limit, reporter)
     with held(open_location(find_base(loaded, base))) as root:
         found = make_plan(loaded, read_base(root, loaded))
@@ -153,6 +154,8 @@ def apply(
             raise SwsurgeryError(
                 "--in-place writes no copy, so it cannot be combined with -o, --link, --reuse-digests or --for-publish"
             )
+        from swsurgery.editing.in_place import apply_in_place
+
         return apply_in_place(loaded, where, check, undo_limit, reporter)
     target = Path.cwd() / loaded.path.stem if output is None else require_path("output", output)
     with held(open_location(where) if for_publish else download_checkpoint(where)) as root:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.checkpoint.record import Patched, find_record
@@ -27,7 +27,6 @@ from swsurgery.editing.rewrite import ProtectedRegion, Rewrite
 from swsurgery.editing.sources import Sources
 from swsurgery.editing.targets import find_known, locate
 from swsurgery.errors import ArchitectureError, Fault, LookupFailed, PlanError, list_some, pluralise
-from swsurgery.known import KnownCoordinate, KnownModel, own
 from swsurgery.manifest.load import LoadedManifest
 from swsurgery.manifest.yaml_reader import MAX_FAULTS
 from swsurgery.storage.coordinate import Coordinate
@@ -36,6 +35,9 @@ from swsurgery.storage.numbers import format_size
 from swsurgery.storage.region import Region
 from swsurgery.storage.result import TableResult
 from swsurgery.storage.splice import Scalar, Splice, list_rows
+
+if TYPE_CHECKING:
+    from swsurgery.known import KnownCoordinate, KnownModel
 
 MAX_NOTES = 20
 """Maximum number of notes, each about one tensor on whose shard the index and the headers disagree."""
@@ -331,6 +333,10 @@ def _list_taken_names(ours: Iterable[str], checkpoint: Checkpoint) -> list[str]:
 def _identify_model(loaded: LoadedManifest, checkpoint: Checkpoint) -> tuple[KnownModel | None, list[str]]:
     """Return the known model that the base is (None if no known model matches), and the faults of `base.model`."""
     base = loaded.manifest.base
+    if base.model is None and base.repo_id is None and checkpoint.repo_id is None:
+        return None, []
+    from swsurgery.known import own  # reading the known models takes time
+
     try:
         return own.identify(base.model, (base.repo_id, checkpoint.repo_id)), []
     except LookupFailed as error:

@@ -24,13 +24,13 @@ from swsurgery.checkpoint.record_entries import (
     ScalarRecord,
 )
 from swsurgery.errors import PlanError, TargetError
-from swsurgery.known import shipped
 from swsurgery.storage.ggml import BlockDtype
 from swsurgery.storage.strict_json import MAX_JSON, RECORD, Limits
 
 if TYPE_CHECKING:  # for annotations only
     from swsurgery.editing.copy_job import Copied
     from swsurgery.editing.plan import Plan
+    from swsurgery.known import KnownModel
     from swsurgery.storage.splice import Scalar
 
 
@@ -75,7 +75,7 @@ def draft_record(plan: Plan) -> Record:
         omitted=list(plan.omitted),
         edits=[EditRecord.model_validate(_describe(s, plan)) for s in plan.splices],
         protected=[ScalarRecord.model_validate(_describe(s, plan)) for s in plan.protected],
-        known=shipped.build_json(plan.model)["models"][0] if plan.model else None,
+        known=_describe_known(plan.model) if plan.model else None,
         check={},
         manifest_sha256=hashlib.sha256(plan.loaded.raw).hexdigest(),
         history=history,
@@ -87,6 +87,14 @@ def draft_record(plan: Plan) -> Record:
     )
     _refuse_unreadable(draft, plan)
     return draft
+
+
+def _describe_known(model: KnownModel) -> dict[str, Any]:
+    """Return the entry of a known model as JSON."""
+    from swsurgery.known import shipped  # a base that is no known model needs none of this
+
+    entry: dict[str, Any] = shipped.build_json(model)["models"][0]
+    return entry
 
 
 def _choose_version(plan: Plan, history: Sequence[HistoryStep]) -> Literal[1, 2]:

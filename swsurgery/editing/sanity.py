@@ -23,7 +23,6 @@ from swsurgery.editing.rejected import Rejected
 from swsurgery.errors import CheckFailed, ModelError, PlanError, SwsurgeryError, Unrunnable, add_remedy
 from swsurgery.hub import Uri, download_checkpoint, open_location, parse_location
 from swsurgery.model import Placement
-from swsurgery.model.check import run_checks
 from swsurgery.model.protocol import BosChoice, Protocol, ProtocolName, choose_protocol
 from swsurgery.model.report import CheckedBounds, CheckReport
 from swsurgery.model.run_arguments import refuse_bad_prompts, refuse_device, refuse_empty_text
@@ -184,6 +183,8 @@ def check(
     Raises TypeError, HubError, CheckpointError, ModelError, PlanError; SwsurgeryError for a task that cannot be run;
     TargetError if another run is editing the checkpoint in place.
     """
+    from swsurgery.model.check import run_checks
+
     reporter = require_reporter(reporter)
     bounds = make_bounds(max_perplexity_ratio, min_perplexity_ratio)
     roundings = list_roundings(activation_bits, activation_per)
@@ -358,6 +359,8 @@ def _check_forward(
     say: Callable[[str], None],
 ) -> CheckReport:
     """Run base and patched on the same text. Raises ModelError if that is impossible."""
+    from swsurgery.model.check import run_checks
+
     if plan.checkpoint.is_gguf:
         raise ModelError("swsurgery cannot run GGUF files", remedy="run the patched file with llama.cpp")
     changes = [

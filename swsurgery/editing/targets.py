@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import translate
-from typing import Literal, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, TypeVar
 
 from swsurgery.checkpoint import projections, structures
 from swsurgery.checkpoint.architectures import FAMILIES, ExpertChoice
@@ -20,12 +20,13 @@ from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.checkpoint.projection_names import list_matches
 from swsurgery.checkpoint.tying import find_tied_partner
 from swsurgery.errors import ArchitectureError, LookupFailed, PlanError
-from swsurgery.known import KnownCoordinate, KnownEntry, KnownExpert, KnownModel, shipped
-from swsurgery.known.schema import format_coordinate_id
 from swsurgery.manifest.targets import AxisSlice, MeasuredValue, Target, parse_slice
 from swsurgery.storage.coordinate import Coordinate
 from swsurgery.storage.region import Region
 from swsurgery.storage.shard import TensorInfo
+
+if TYPE_CHECKING:
+    from swsurgery.known import KnownCoordinate, KnownEntry, KnownModel
 
 T = TypeVar("T")
 
@@ -132,6 +133,8 @@ class LayerScalar:
     expect: Expected
 
     def __str__(self) -> str:
+        from swsurgery.known.schema import format_coordinate_id
+
         return format_coordinate_id(self.layer, self.expert, self.row, self.col)
 
     def resolve(self, scope: Scope) -> Iterator[TargetPlace]:
@@ -312,6 +315,8 @@ def select_known(model: KnownModel | None, name: str) -> tuple[KnownEntry, ...]:
     """
     if model is None:
         raise LookupFailed("no known super weights of this base", name, "set base.model to the name of the known model")
+    from swsurgery.known import shipped
+
     entries: tuple[KnownEntry, ...]
     entries = shipped.list_addressable(model) if name == "all" else (shipped.find(model, name),)
     if not entries:
@@ -325,6 +330,8 @@ def find_known(model: KnownModel | None, name: str) -> list[KnownPlace]:
 
 
 def _make_place(entry: KnownEntry) -> KnownPlace:
+    from swsurgery.known import KnownCoordinate, KnownExpert
+
     if isinstance(entry, KnownCoordinate):
         return KnownPlace(entry.layer, entry.row, entry.col, entry.expert, expect_known(entry))
     return KnownPlace(entry.layer, None, None if isinstance(entry, KnownExpert) else entry.col, entry.expert)

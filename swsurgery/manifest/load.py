@@ -20,7 +20,6 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from swsurgery.errors import Fault, ManifestError, SwsurgeryError
-from swsurgery.manifest import patch
 from swsurgery.manifest.operations import OPERATIONS
 from swsurgery.manifest.schema import Base, Bounds, Manifest
 from swsurgery.manifest.targets import Target
@@ -176,7 +175,19 @@ def _load_file(path: Path) -> LoadedManifest:
         raise ManifestError(f"cannot read the manifest ({getattr(error, 'strerror', error)})", path) from None
     if len(raw) > MAX_MANIFEST:
         raise ManifestError(f"manifest is larger than {MAX_MANIFEST} bytes", path)
-    return parse_manifest(patch.render_manifest(raw, path) if patch.is_safetensors(raw) else raw, path)
+    if not _is_safetensors(raw):
+        return parse_manifest(raw, path)
+    from swsurgery.manifest import patch  # most manifests are text
+
+    return parse_manifest(patch.render_manifest(raw, path), path)
+
+
+def _is_safetensors(raw: bytes) -> bool:
+    """Return True if the bytes begin a safetensors file.
+
+    The length of its header contains zero bytes, which YAML and JSON do not allow.
+    """
+    return raw[4:9] == b"\0\0\0\0{"
 
 
 def parse_manifest(raw: bytes, path: Path) -> LoadedManifest:

@@ -190,14 +190,6 @@ def choose_operation(op: str, dtype: Dtype, new: bytes) -> str:
     return "set" if math.isfinite(decode(dtype, new)) else "flip"
 
 
-def is_safetensors(raw: bytes) -> bool:
-    """Return True if the bytes begin a safetensors file.
-
-    The length of its header contains zero bytes, which YAML and JSON do not allow.
-    """
-    return raw[4:9] == b"\0\0\0\0{"
-
-
 def render(patch: Patch) -> bytes:
     """Render a patch as the bytes of a safetensors file (`swsurgery export --format sparse`).
 

@@ -22,7 +22,7 @@ Position = Annotated[int, Field(ge=0, lt=1 << 63)]
 class Strict(BaseModel):
     """A model that coerces no value, refuses unknown fields and cannot be changed."""
 
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, defer_build=True)
 
 
 class OfVariant(Strict):

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from swsurgery.cli import app, main
+from swsurgery.cli import COMMANDS, main
 from swsurgery.known import STATUSES, list_all_models
 from swsurgery.known.names import list_model_names
 from swsurgery.known.own import get_own_folder
 
-NAMES = sorted(command.callback.__name__ for command in app.registered_commands)
+NAMES = sorted(COMMANDS)
 COMPLETED = [
     (["loo"], ["lookup"]),
     (["lookup", "llama-7"], ["llama-7b"]),

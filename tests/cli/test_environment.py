@@ -10,7 +10,7 @@ import pytest
 import typer
 from patched import write_patched
 
-from swsurgery.cli import app, main
+from swsurgery.cli import main, make_app
 from swsurgery.cli.environment import PERMITTED, REFUSED
 from swsurgery.editing import sanity
 from swsurgery.storage.hashing import THREADS_VARIABLE
@@ -18,7 +18,7 @@ from swsurgery.storage.hashing import THREADS_VARIABLE
 ROOT = Path(__file__).parents[2]
 OPTIONS = [
     (name, parameter)
-    for name, command in typer.main.get_command(app).commands.items()
+    for name, command in typer.main.get_command(make_app()).commands.items()
     for parameter in command.params
     if parameter.param_type_name == "option" and parameter.name != "help"
 ]

@@ -107,6 +107,7 @@ def test_a_table_escapes_control_characters_once(monkeypatch: pytest.MonkeyPatch
 
 def test_a_long_task_prints_lines_without_a_terminal(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(progress_bar, "FIRST_LINE", 0.02)
+    monkeypatch.setattr(progress_bar, "SHORT_TASK", 0.02)
     monkeypatch.setattr(progress_bar, "NEXT_LINE", 0.1)
     monkeypatch.setattr(sys, "stderr", log := io.StringIO())
     bar = Bar()
@@ -138,6 +139,18 @@ def test_each_kind_of_task_prints_a_line_without_a_terminal(monkeypatch: pytest.
     bar.close()
     lines = log.getvalue().splitlines()
     assert lines == ["swsurgery: loading torch ...", "swsurgery: round 1, 0% ..."], "similar tasks print one line"
+
+
+@pytest.mark.parametrize(("earlier", "seconds"), [(0.0, 0.25), (0.125, 0.125), (0.24, 0.1), (9.0, 0.1)])
+def test_the_first_line_is_due_a_quarter_of_a_second_after_the_command_began(
+    monkeypatch: pytest.MonkeyPatch, earlier: float, seconds: float
+):
+    waits: list[float] = []
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    monkeypatch.setattr(time, "monotonic", lambda: 1000.0)
+    monkeypatch.setattr(progress_bar, "_Lines", lambda total, label, wait: waits.append(wait))
+    Bar(began=1000.0 - earlier).start(4, "layer", "4 layers")
+    assert waits == [seconds]
 
 
 def test_a_terminal_shows_a_task_of_unknown_length_at_once(monkeypatch: pytest.MonkeyPatch):

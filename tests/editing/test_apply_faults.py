@@ -314,7 +314,7 @@ def test_a_check_that_fails_leaves_no_target(manifest, tmp_path, monkeypatch, ca
         seen.append((staged.root, [c.coordinate.index for c in changes], sorted(tree(staged.root))))
         return SimpleNamespace(ok=False, failures=["worse than it may be", "and worse"], to_record=dict)
 
-    monkeypatch.setattr(sanity, "run_checks", no)
+    monkeypatch.setattr("swsurgery.model.check.run_checks", no)
     code = cli.main(["apply", str(manifest), "-o", str(tmp_path / "out"), "--check", "forward"])
     assert code == 1
     assert capsys.readouterr().err.splitlines() == [
@@ -328,7 +328,7 @@ def test_bounds_that_cannot_be_measured_are_not_met(base, tmp_path, monkeypatch)
     def cannot(*args: object, **rest: object) -> None:
         raise ModelError("no tokenizer", "here")
 
-    monkeypatch.setattr(sanity, "run_checks", cannot)
+    monkeypatch.setattr("swsurgery.model.check.run_checks", cannot)
     monkeypatch.setattr(sanity.model, "explain_unavailable", lambda: None)
     bounded = write_manifest(tmp_path / "bounded.json", base, ZERO, check={"min_perplexity_ratio": 2.0})
     with pytest.raises(ModelError, match="no tokenizer"):

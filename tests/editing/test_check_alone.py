@@ -12,7 +12,6 @@ from checkpoints import write_llama, write_manifest
 
 import swsurgery
 from swsurgery.cli import main
-from swsurgery.editing import sanity
 from swsurgery.errors import PlanError
 from swsurgery.model.report import CheckReport, Continuations, Side, SuperActivation
 
@@ -40,7 +39,7 @@ def patched(base, tmp_path) -> Path:
 @pytest.fixture(autouse=True)
 def measured(monkeypatch) -> None:
     """Figures without a model: what is done with them is asked here."""
-    monkeypatch.setattr(sanity, "run_checks", lambda *arguments, **options: REPORT)
+    monkeypatch.setattr("swsurgery.model.check.run_checks", lambda *arguments, **options: REPORT)
 
 
 @pytest.mark.parametrize("option", OPTIONS)

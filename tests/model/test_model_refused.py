@@ -88,7 +88,7 @@ def test_one_bound_of_the_options_leaves_the_other_of_the_manifest(base, tmp_pat
         held.append(bounds)
         raise ModelError("seen", "")
 
-    monkeypatch.setattr("swsurgery.editing.sanity.run_checks", record)
+    monkeypatch.setattr("swsurgery.model.check.run_checks", record)
     manifest = write_manifest(tmp_path / "m.json", base, EDIT, check={"min_perplexity_ratio": 2.0})
     for option in (None, CheckedBounds(max_perplexity_ratio=9.0), CheckedBounds(min_perplexity_ratio=3.0)):
         with pytest.raises(ModelError, match="seen"):

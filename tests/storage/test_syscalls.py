@@ -117,9 +117,9 @@ def note(seen: Seen, line: str, directory: Path) -> None:
 
 
 def registered() -> set[str]:
-    from swsurgery.cli import app
+    from swsurgery.cli import COMMANDS
 
-    return {command.callback.__name__ for command in app.registered_commands}
+    return set(COMMANDS)
 
 
 def program_files() -> list[str]:
