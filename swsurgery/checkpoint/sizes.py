@@ -21,7 +21,9 @@ _INTERMEDIATE_KEYS = (
 )  # fmt: skip
 """Keys of config.json whose value is the number of intermediate neurons of an MLP or of one expert."""
 
-_EMBEDDING = re.compile(r"(?:.*\.)?(?:embed_tokens|tok_embeddings|wte|word_embeddings|embed_in)\.weight", re.DOTALL)
+TOKEN_EMBEDDING = re.compile(
+    r"(?:.*\.)?(?:embed_tokens|tok_embeddings|wte|word_embeddings|embed_in|embeddings)\.weight", re.DOTALL
+)
 """Names of token embeddings, whose first axis is the vocabulary."""
 
 
@@ -97,5 +99,7 @@ def _measure_projections(checkpoint: Checkpoint) -> ModelSizes:
 
 def _measure_vocabulary(checkpoint: Checkpoint) -> int | None:
     """Return the number of rows of the token embedding; None if no embedding or several embeddings are stored."""
-    rows = {shape[0] for name, shape in checkpoint.shapes.items() if len(shape) == 2 and _EMBEDDING.fullmatch(name)}
+    rows = {
+        shape[0] for name, shape in checkpoint.shapes.items() if len(shape) == 2 and TOKEN_EMBEDDING.fullmatch(name)
+    }
     return rows.pop() if len(rows) == 1 else None

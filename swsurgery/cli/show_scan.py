@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
+from swsurgery.checkpoint.part_words import describe_random_parts
 from swsurgery.cli.output import print_table, print_text
 from swsurgery.cli.scan_parts import (
     Columns,
@@ -60,14 +61,16 @@ def show_scan(report: Scan) -> None:
 
 
 def _print_parts(test: PartConfirmation) -> None:
-    """Print the effects of zeroing the rows, neurons and experts that create activations."""
-    print_text("\nzeroed rows, neurons and experts")
+    """Print the effects of zeroing the parts that create activations."""
+    print_text("\nparts that create an activation: perplexity divided by the base's, if they are zeroed")
     parts = [trial.candidate for trial in test.trials]
     channels = [", ".join(map(str, part.channels[:6])) for part in parts]
     print_columns({"part": [str(part.name) for part in parts], "channels": channels} | format_trials(test.trials))
+    if len(parts) > 1:
+        print_text(f"\ntogether  {format_effect(test.together)}")
     for kind, layer, ratios in test.part_nulls:
         if ratios:
-            what = f"{pluralise(len(ratios), f'random {kind}')} of layer {layer}"
+            what = describe_random_parts(kind, layer, len(ratios))
             print_text(f"null      {what}, each alone: ratio {_format_range(ratios)}")
     print_measured(test)
 
@@ -259,26 +262,37 @@ def _describe_kind(trial: Trial) -> str | None:
 
 
 def _describe_answer(report: Scan) -> str:
+    """Return the answer: the super weights, and the parts that create an activation."""
     if report.answer == "undecided":
-        return describe_undecided(report, bool(report.candidates))
-    count = len(report.super_weights)
-    if report.confirmation is None or (count and not report.confirmed):
-        return (
-            f"{pluralise(count, 'candidate')}, not confirmed"
-            if count
-            else f"none: no super weight was found{_name_parts(report)}"
-        )
-    verdicts = Counter(trial.verdict for trial in report.confirmation.trials)
+        return describe_undecided(report, bool(report.candidates or report.parts))
+    head = "none: " if report.answer == "none" else ""
+    return "; ".join([head + _describe_scalars(report), *_describe_parts(report)])
+
+
+def _describe_scalars(report: Scan) -> str:
+    count, test = len(report.super_weights), report.confirmation
+    if test is None or (count and not test.has_verdicts):
+        return f"{pluralise(count, 'candidate')}, not confirmed" if count else "no super weight was found"
+    verdicts = Counter(trial.verdict for trial in test.trials)
     tally = ", ".join(f"{verdicts[v]} {v}" for v in VERDICTS if verdicts[v])
     if not count:
-        return f"none: no super weight was confirmed{f' ({tally})' if tally else ''}{_name_parts(report)}"
+        return f"no super weight was confirmed{f' ({tally})' if tally else ''}"
     return f"{pluralise(count, 'super weight')} confirmed ({tally})"
 
 
-def _name_parts(report: Scan) -> str:
-    """Name the rows, neurons and experts that the model needs, as the end of an answer; "" if there are none."""
-    needed = [f"{trial.candidate.name} ({trial.verdict})" for trial in report.needed_parts]
-    return f"; needed parts: {list_some(needed, 3)}" if needed else ""
+def _describe_parts(report: Scan) -> list[str]:
+    """Name the rows, neurons, experts and channels that the model needs, or that were not tested."""
+    trials = report.part_trials
+    needed = [part for part in report.found_parts if part.name in trials and trials[part.name].verdict != "untested"]
+    untested = [part for part in report.found_parts if part not in needed]
+    lines = []
+    if needed:
+        names = [f"{part.name} ({trials[part.name].verdict})" for part in needed]
+        lines.append(f"{pluralise(len(needed), 'needed part')}: {list_some(names, 3)}")
+    if untested:
+        names = [str(part.name) for part in untested]
+        lines.append(f"{pluralise(len(untested), 'part')}, not confirmed: {list_some(names, 3)}")
+    return lines
 
 
 def _format_places(candidates: Sequence[Candidate]) -> Columns:

@@ -11,10 +11,11 @@ from typing import Any, Literal
 from swsurgery.checkpoint.architectures import ExpertChoice
 from swsurgery.scanning.causal_report import convert_to_plain
 
-CauseKind = Literal["scalar", "row", "neuron", "expert", "MLP", "attention", "embedding", "several layers"]
+CauseKind = Literal["scalar", "row", "neuron", "expert", "MLP", "attention", "layer", "embedding", "several layers"]
 """What creates a persistent activation. "row" stands for several scalars of one row, none of which makes the activation
 alone. "neuron" stands for one column of a down projection that makes several channels massive. "MLP" stands for an MLP
-whose output is not explained by its stored weights."""
+whose output is not explained by its stored weights. "layer" stands for a layer whose MLP was not observed, so that
+its part cannot be told from that of the attention."""
 
 
 @dataclass(frozen=True)
@@ -68,9 +69,9 @@ class Cause:
         if self.kind == "expert":
             shares = ", ".join(f"{one.expert} ({one.share:.2f})" for one in self.experts)
             return f"{where} expert{'s' if len(self.experts) > 1 else ''} {shares}"
-        if self.kind == "embedding":
-            return "embedding"
-        return "several layers" if self.kind == "several layers" else f"{where} {self.kind}"
+        if self.kind in ("embedding", "several layers"):
+            return self.kind
+        return where if self.kind == "layer" else f"{where} {self.kind}"
 
 
 @dataclass(frozen=True)

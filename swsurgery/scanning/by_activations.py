@@ -39,6 +39,7 @@ from swsurgery.scanning.causes import (
     name_neurons,
 )
 from swsurgery.scanning.matrices import StoredProjection
+from swsurgery.scanning.parts import list_parts
 from swsurgery.scanning.passport import find_largest_activations
 from swsurgery.scanning.persistence import (
     KEPT,
@@ -153,8 +154,8 @@ def scan_sequences(
         raise Unrunnable("cannot find the list of decoder layers in the model", checkpoint.root)
     watch = LayerSpikes(model)
     attention = find_attention_layers(checkpoint.config, layers)
-    search, least = _Search(checkpoint, attention), count_layers_to_last(layers)
     unseen = sorted({*watch.unseen, *(layer.layer for layer in watch.unread)})
+    search, least = _Search(checkpoint, unseen, attention), count_layers_to_last(layers)
     notes = [f"{_format_numbers('layer', unseen)}: the down projection is not observed"] if unseen else []
     if layers <= least:
         notes.append(f"the model has {layers} layers: too few for an activation to persist through {least} more")
@@ -195,6 +196,7 @@ def scan_sequences(
         candidates=tuple(sorted(search.candidates.values(), key=lambda c: (c.round, -c.score))),
         activations=tuple(search.activations),
         profile=profile,
+        parts=tuple(list_parts(checkpoint, search.activations)[0]),
         passport=passport,
         removers=tuple(search.removers.values()),
         notes=(*notes, *search.notes),
@@ -222,19 +224,19 @@ def scan_sequences(
 class _Search:
     """Collects the candidates, super activations and notes of all rounds. In round 1 the model is unedited.
 
-    `attention` contains the layers with full attention of a hybrid model, and is empty for any other model. `removers`
-    contains the scalars that remove states of the unedited model. `untraced` contains, for each persistent massive
-    state that no observed MLP makes, the layer where it begins.
+    `unseen` contains the layers whose MLP is not observed. `attention` contains the layers with full attention of a
+    hybrid model, and is empty for any other model. `removers` contains the scalars that remove states of the unedited
+    model. `untraced` contains, for each persistent massive state that no observed MLP makes, the layer where it begins.
     """
 
-    def __init__(self, checkpoint: Checkpoint, attention: Sequence[int] = ()):
+    def __init__(self, checkpoint: Checkpoint, unseen: Sequence[int], attention: Sequence[int]):
         self.checkpoint, self.attention = checkpoint, attention
         self.candidates: dict[Coordinate, Candidate] = {}
         self.removers: dict[Coordinate, Candidate] = {}
         self.activations: list[PersistentActivation] = []
         self.notes: list[str] = []
         self.untraced: set[int] = set()
-        self._decomposer = Decomposer(checkpoint)
+        self._decomposer = Decomposer(checkpoint, unseen)
         # From round 1: the traces, the largest output of the MLP by (sequence, layer, token), and the places (sequence,
         # layer, token, channel) of the persistent states whose scalars are searched for.
         self._unedited: Sequence[Trace] = ()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import torch
@@ -107,11 +107,11 @@ class Decomposition(NamedTuple):
 class Decomposer:
     """Decomposes outputs of down projections with rows that it reads from a checkpoint and keeps.
 
-    A scalar that was set to zero with `remove` counts as zero.
+    A scalar that was set to zero with `remove` counts as zero. `unseen` contains the layers whose MLP is not observed.
     """
 
-    def __init__(self, checkpoint: Checkpoint):
-        self.checkpoint = checkpoint
+    def __init__(self, checkpoint: Checkpoint, unseen: Collection[int] = ()):
+        self.checkpoint, self.unseen = checkpoint, frozenset(unseen)
         self._rows: dict[tuple[DownProjection, int], Tensor] = {}
 
     def remove(self, scalar: RowTerm) -> None:
@@ -177,7 +177,8 @@ def find_cause(move: Move, decomposer: Decomposer) -> Cause:
     """
     mlp = move.added / move.change if move.change else 0.0
     if mlp < MOST:
-        return Cause("attention", move.layer, move.change, 1 - mlp)
+        unseen = move.layer in decomposer.unseen
+        return Cause("layer" if unseen else "attention", move.layer, move.change, 1.0 if unseen else 1 - mlp)
     found = decomposer.decompose(move)
     cause = Cause("MLP", move.layer, move.change, mlp)
     if not found.explained:

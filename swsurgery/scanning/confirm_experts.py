@@ -16,8 +16,7 @@ from itertools import combinations
 from typing import NamedTuple
 
 from swsurgery.checkpoint.checkpoint import Checkpoint
-from swsurgery.checkpoint.projections import find_down_projection, list_down_projections
-from swsurgery.checkpoint.structures import locate_expert
+from swsurgery.checkpoint.projections import list_down_projections
 from swsurgery.model.forward import LayeredModel
 from swsurgery.scanning.causal_report import Verdict
 from swsurgery.scanning.causal_test import (
@@ -42,7 +41,7 @@ from swsurgery.scanning.expert_report import (
     ExpertTrial,
 )
 from swsurgery.scanning.losses import Losses
-from swsurgery.storage.region import Region
+from swsurgery.scanning.parts import list_output_regions
 
 JOINT_NULLS = 5
 """Number of random sets of experts that are zeroed together (arXiv:2507.23279, table 3, uses as many)."""
@@ -166,10 +165,3 @@ def _plan(checkpoint: Checkpoint, names: Sequence[ExpertName], nulls: int, seed:
     pairs = [frozenset(pair) for pair in combinations(names, 2)][:PAIRS]
     crowded = null[:CONTEXT_NULLS] if len(names) > 1 else []
     return _Plan(frozenset(names), pairs, null, crowded, joint_null)
-
-
-def list_output_regions(checkpoint: Checkpoint, name: ExpertName) -> tuple[Region, ...]:
-    """List the regions of an expert that make its output zero: its down projection, and its bias if it has one."""
-    down = find_down_projection(checkpoint.config, checkpoint.shapes, *name).tensor
-    regions = locate_expert(checkpoint.config, checkpoint.shapes, *name)
-    return regions[[region.tensor for region in regions].index(down) :]

@@ -105,14 +105,15 @@ def _confirm(found: Scan, checkpoint: Checkpoint, options: RunOptions, reporter:
     """Measure the effects of zeroing the scalars that a scan found, and the parts that create activations."""
     from swsurgery.scanning.causal_test import CausalOptions, open_bench
     from swsurgery.scanning.confirm import confirm_scalars
-    from swsurgery.scanning.confirm_parts import confirm_parts, list_parts
+    from swsurgery.scanning.confirm_parts import choose_testable, confirm_parts
+    from swsurgery.scanning.parts import list_parts
 
-    suspects, parts = (*found.candidates, *found.removers), list_parts(found.activations)
-    if not suspects and not parts:
-        return found
-    said: list[str] = []
+    suspects, (_, said) = (*found.candidates, *found.removers), list_parts(checkpoint, found.activations)
+    if not suspects and not found.parts:
+        return dataclasses.replace(found, notes=(*found.notes, *said))
     causal = CausalOptions(progress=Rounds(reporter, "confirmation round"), say=said.append)
     with add_remedy("leave out --confirm"), open_bench(checkpoint, options, said.append) as bench:
+        parts = choose_testable(bench.model, found.parts, said.append)
         of_scalars = bench.run(confirm_scalars, suspects, causal) if suspects else None
         of_parts = bench.run(confirm_parts, parts, causal) if parts else None
     notes = (*found.notes, *dict.fromkeys(said))

@@ -25,9 +25,10 @@ from swsurgery.model.text import describe_measured_text
 from swsurgery.scanning.causal_report import Effect, find_largest_ratio
 from swsurgery.scanning.coverage import list_stored_layers
 from swsurgery.scanning.part_manifest import choose_parts, list_part_edits
+from swsurgery.scanning.part_report import ModelPart, PartTrial
 from swsurgery.scanning.report import Candidate, Confirmation, Scan, Trial
 from swsurgery.storage.coordinate import Coordinate
-from swsurgery.storage.numbers import format_number, round_number
+from swsurgery.storage.numbers import format_number, format_ratio, round_number
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9._-]+/[A-Za-z0-9._-]+")
 
@@ -75,7 +76,7 @@ def make_known_entry(
 
 
 def scan_manifest(report: Scan, *, base: Mapping[str, str | None], op: Operation, factor: float | None = None) -> str:
-    """Return the YAML text of a manifest that applies `op` to the super weights and the needed parts of a scan.
+    """Return the YAML text of a manifest that applies `op` to the super weights and the found parts of a scan.
 
     Each edit of a scalar states the stored value as its `expect`. `choose_parts` chooses the parts. `base` contains the
     fields of the manifest's base: `path` (absolute, or relative to the manifest), or `repo_id` and `revision`. If `op`
@@ -101,7 +102,7 @@ def scan_manifest(report: Scan, *, base: Mapping[str, str | None], op: Operation
     counted = ((len(found), "super weight"), (len(parts), "part"))
     return write_found(
         report,
-        [*edits, *list_part_edits(parts, op, factor)],
+        [*edits, *list_part_edits(parts, report.part_trials, op, factor)],
         base,
         op,
         factor,
@@ -109,7 +110,7 @@ def scan_manifest(report: Scan, *, base: Mapping[str, str | None], op: Operation
         what=" and ".join(pluralise(count, noun) for count, noun in counted if count),
         ratio=max(
             find_largest_ratio(report.confirmation, {c.coordinate for c in found}),
-            find_largest_ratio(report.part_confirmation, {t.candidate.name for t in parts}),
+            find_largest_ratio(report.part_confirmation, {part.name for part in parts}),
         ),
     )
 
@@ -131,7 +132,7 @@ def write_found(
     found `what`, such as "2 super weights". `ratio` is the largest perplexity ratio measured for zeroing them. Raises
     ManifestError if `base` is not valid in a manifest.
     """
-    how = "found and confirmed" if report.confirmed or report.needed_parts else "found, not confirmed"
+    how = "found and confirmed" if report.confirmed else "found, not confirmed"
     what = f"{what} that a scan by {report.method} {how}"
     text = write_manifest(
         head=[f"written by swsurgery scan, version {__version__}", *_describe_largest(report)],
@@ -156,7 +157,7 @@ def _describe_largest(report: Scan) -> list[str]:
 
 
 def _write_notes(report: Scan, found: bool, source: schema.Citation) -> Iterator[str]:
-    """Yield the notes of an entry: which layers the scan did not read, and whether it found nothing."""
+    """Yield the notes of an entry: the layers that were not read, whether nothing was found, and which parts were."""
     unread = ", ".join(str(layer.layer) for layer in report.unread)
     if unread and found:
         yield f"The scan did not read all of layers {unread}, so there may be further super weights: {source}."
@@ -164,6 +165,17 @@ def _write_notes(report: Scan, found: bool, source: schema.Citation) -> Iterator
         yield f"{UNDECIDED_NOTE} It found nothing in what it read, but did not read all of layers {unread}: {source}."
     elif not found:
         yield f"A scan found no super weight: {source}."
+    if report.found_parts:
+        trials = report.part_trials
+        parts = [_describe_part(part, trials.get(part.name)) for part in report.found_parts]
+        yield f"Parts of the model that create an activation in a scan: {'; '.join(parts)}: {source}."
+
+
+def _describe_part(part: ModelPart, trial: PartTrial | None) -> str:
+    """Describe a part of a model and its verdict in a note."""
+    if trial is None or trial.verdict == "untested":
+        return f"{part.name} (not confirmed)"
+    return f"{part.name} ({trial.verdict}, perplexity x{format_ratio(trial.alone.ratio)} without it)"
 
 
 def _choose_scalars(report: Scan) -> tuple[Candidate, ...]:

@@ -24,7 +24,7 @@ from swsurgery.scanning.causal_report import (
     make_row,
     merge_trial,
 )
-from swsurgery.scanning.part_report import PartConfirmation, PartTrial
+from swsurgery.scanning.part_report import ModelPart, PartConfirmation, PartName, PartTrial
 from swsurgery.storage.coordinate import Coordinate
 from swsurgery.storage.result import TableResult
 
@@ -190,11 +190,12 @@ class UnreadLayer:
 class Scan(TableResult):
     """The result of one scan.
 
-    `candidates` and `activations` are what the detector lists. `removers` contains the scalars that remove activations;
-    they are super weights only if the causal test finds them critical. `confirmation` is the causal test, or None if it
-    was not run. `notes` contains lines for the user, such as the reason why nothing was found. `layers` is the number
-    of layers of the model, and `unread` lists the layers that were not read completely. `passport` contains the largest
-    activation of each prompt, if prompts were run.
+    `candidates` and `activations` are what the detector lists. `parts` contains the rows, neurons, experts and channels
+    of attention or of the embedding that create activations. `removers` contains the scalars that remove activations;
+    they are super weights only if the causal test finds them critical. `confirmation` is the causal test of scalars and
+    `part_confirmation` that of parts, or None if it was not run. `notes` contains lines for the user, such as the
+    reason why nothing was found. `layers` is the number of layers of the model, and `unread` lists the layers that were
+    not read completely. `passport` contains the largest activation of each prompt, if prompts were run.
     """
 
     method: Method
@@ -202,6 +203,7 @@ class Scan(TableResult):
     layers: int
     candidates: tuple[Candidate, ...]
     activations: tuple[PersistentActivation, ...] = ()
+    parts: tuple[ModelPart, ...] = ()
     profile: Profile | None = None
     prompts: tuple[str, ...] = ()
     confirmation: Confirmation | None = None
@@ -211,7 +213,7 @@ class Scan(TableResult):
     passport: Passport | None = None
     part_confirmation: PartConfirmation | None = None
     removers: tuple[Candidate, ...] = ()
-    shown: ClassVar[tuple[str, ...]] = ("answer", "super_weights")
+    shown: ClassVar[tuple[str, ...]] = ("answer", "super_weights", "found_parts")
 
     @property
     def super_weights(self) -> tuple[Candidate, ...]:
@@ -229,20 +231,32 @@ class Scan(TableResult):
         )
 
     @property
-    def needed_parts(self) -> tuple[PartTrial, ...]:
-        """The rows, neurons and experts that the causal test found needed, alone or jointly."""
-        trials = self.part_confirmation.trials if self.part_confirmation else ()
-        return tuple(trial for trial in trials if trial.verdict in ("needed alone", "needed jointly"))
+    def found_parts(self) -> tuple[ModelPart, ...]:
+        """The parts that the causal test found needed and those for which it allowed no verdict.
+
+        If the causal test was not run, these are all parts.
+        """
+        trials = self.part_trials
+        return tuple(part for part in self.parts if part.name not in trials or trials[part.name].verdict != "inert")
+
+    @property
+    def part_trials(self) -> dict[PartName, PartTrial]:
+        """The causal tests of the parts that were tested."""
+        return {t.candidate.name: t for t in (self.part_confirmation.trials if self.part_confirmation else ())}
 
     @property
     def confirmed(self) -> bool:
         """True if the causal test was run and gave at least one verdict other than "untested"."""
-        return self.confirmation is not None and self.confirmation.has_verdicts
+        tests = (self.confirmation, self.part_confirmation)
+        return any(test is not None and test.has_verdicts for test in tests)
 
     @property
     def answer(self) -> Answer:
-        """The answer of the scan: "found"; "none"; or "undecided" if it found nothing but did not read all layers."""
-        if self.super_weights:
+        """The answer of the scan: "found" if there is a super weight or a part that creates an activation.
+
+        Otherwise it is "none", or "undecided" if the scan did not read all layers.
+        """
+        if self.super_weights or self.found_parts:
             return "found"
         return "undecided" if self.unread else "none"
 
@@ -259,6 +273,7 @@ class Scan(TableResult):
         trials = {t.candidate.coordinate: t for t in (self.confirmation.trials if self.confirmation else ())}
         tested = [t.candidate for t in trials.values()] or [*self.candidates, *self.removers]
         listed = [merge_trial(c, trials.get(c.coordinate)) for c in tested]
+        part_trials = self.part_trials
         document: dict[str, Any] = {
             "method": self.method,
             "model_type": self.model_type,
@@ -268,6 +283,8 @@ class Scan(TableResult):
             "super_weights": [merge_trial(c, trials.get(c.coordinate)) for c in self.super_weights],
             "candidates": [one for one in listed if one["role"] != "removes"],
             "removers": [one for one in listed if one["role"] == "removes"],
+            "parts": [merge_trial(part, part_trials.get(part.name)) for part in self.parts],
+            "found_parts": [merge_trial(part, part_trials.get(part.name)) for part in self.found_parts],
             "super_activations": [a.to_json() for a in self.activations],
             "joint_sets": [s.to_json() for s in (self.confirmation.joint_sets if self.confirmation else ())],
             "notes": list(self.notes),
@@ -277,9 +294,8 @@ class Scan(TableResult):
             document |= {"profile": self.profile.to_json(), "prompts": list(self.prompts)}
         if self.passport:
             document["passport"] = self.passport.to_json()
-        if test := self.part_confirmation:
-            parts = [merge_trial(trial.candidate, trial) for trial in test.trials]
-            document |= {"parts": parts, "part_confirmation": test.to_json()}
+        if self.part_confirmation:
+            document["part_confirmation"] = self.part_confirmation.to_json()
         if self.confirmation:
             document["confirmation"] = self.confirmation.to_json()
         return document

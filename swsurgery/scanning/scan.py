@@ -78,9 +78,9 @@ def scan(
     one of them, `weights` and `variant` choose the set.
 
     `manifest` is the path of a new manifest that applies `op` (with `factor`) to what was found: super weights, or
-    super experts, and the rows, neurons and experts that the causal test found needed. `plot` is the path of a figure
-    and ends in .png, .svg or .pdf. `register` is the model name under which `lookup` will find the result.
-    The stored entry cites `command` as its source. Files that cannot be written are refused before the scan.
+    super experts, and the parts that create an activation. What was not tested is marked as not confirmed. `plot` is
+    the path of a figure and ends in .png, .svg or .pdf. `register` is the model name under which `lookup` will find the
+    result. The stored entry cites `command` as its source. Files that cannot be written are refused before the scan.
 
     Raises TypeError, HubError, CheckpointError, ArchitectureError, ManifestError, LookupFailed, ModelError,
     TargetError. If a file cannot be written after the scan, the error's attribute `result` is the Scan.

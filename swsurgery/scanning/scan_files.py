@@ -92,8 +92,7 @@ def write_files(found: Scan, checkpoint: Checkpoint, files: ScanFiles, reporter:
         if files.plot is not None:
             figures.plot_scan(found, files.plot, files.register or choose_name(checkpoint))
             report(f"figure: {files.plot}")
-        nothing = found.answer == "none" and not found.needed_parts
-        if files.manifest is not None and (nothing or found.answer == "undecided"):
+        if files.manifest is not None and found.answer != "found":
             why = "the scan is undecided" if found.answer == "undecided" else "nothing was found"
             report(f"{why}, so no manifest was written: {files.manifest}")
         elif files.manifest is not None:

@@ -22,6 +22,7 @@ from swsurgery.scanning.activation_report import PersistentActivation
 from swsurgery.scanning.causal_report import Effect
 from swsurgery.scanning.comparison import ComparedModel, Comparison
 from swsurgery.scanning.figures import check_figure_path, curve_figures, plot_scan, plot_sweep, scan_figure
+from swsurgery.scanning.part_report import ModelPart, PartConfirmation, PartName, PartTrial
 from swsurgery.scanning.report import (
     Candidate,
     Confirmation,
@@ -142,6 +143,38 @@ def marks(panel) -> dict[str, set[tuple[float, float]]]:
         if line.get_linestyle() == "None":
             found.setdefault(line.get_label(), set()).update(zip(line.get_xdata(), line.get_ydata(), strict=True))
     return found
+
+
+# Parts
+
+
+def make_parts(tested: bool) -> Scan:
+    """REPORT without scalars, but with a row, a channel of attention and one of the embedding, which is inert."""
+    names = (PartName("row", 3, None, 39), PartName("attention", 5, None, 40), PartName("embedding", None, None, 41))
+    parts = tuple(ModelPart(name, (39,), 90.0 + number) for number, name in enumerate(names))
+    effect = Effect(1.0, 0.9, 1.1, 0.0)
+    trials = [PartTrial(part, effect, effect, "needed alone") for part in parts[:2]]
+    trials.append(PartTrial(parts[2], effect, effect, "inert"))
+    test = PartConfirmation(tuple(trials), effect, (), (), 29.6, 16, 512, "ab" * 32, "float32", "cpu", 8176)
+    return dataclasses.replace(REPORT, candidates=(), parts=parts, part_confirmation=test if tested else None)
+
+
+@pytest.mark.parametrize("tested", [False, True])
+def test_parts_are_marked_in_the_panel_of_hidden_states(draw, tested):
+    *others, states = draw(make_parts(tested))
+    assert all(marks(panel) == {} for panel in others)
+    everything = {(3.0, 90.0), (5.0, 91.0), (0.0, 92.0)}
+    apart = {"needed alone": {(3.0, 90.0), (5.0, 91.0)}, "inert": {(0.0, 92.0)}}
+    assert marks(states) == (apart if tested else {"not tested": everything})
+
+
+@pytest.mark.parametrize("tested", [False, True])
+def test_parts_are_named(svg, tested):
+    plot_scan(make_parts(tested), svg)
+    words = {text for text, _, _ in texts(svg)}
+    assert {"L3 row 39", "L5 attention channel 40", "embedding channel 41"} <= words
+    answer = "2 parts needed" if tested else "3 parts not confirmed"
+    assert f"llama, 30 layers: no super weight found by activations, {answer}" in words
 
 
 # The file

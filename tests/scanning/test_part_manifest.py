@@ -1,4 +1,4 @@
-"""The manifest of a scan changes or protects the rows, neurons and experts that the causal test found needed."""
+"""The manifest of a scan changes or protects the parts of the model that create an activation and are not inert."""
 
 from __future__ import annotations
 
@@ -17,15 +17,21 @@ from swsurgery.manifest.load import parse_manifest
 from swsurgery.progress import require_reporter
 from swsurgery.scanning.activation_report import LargestActivation, Passport
 from swsurgery.scanning.outputs import scan_manifest
-from swsurgery.scanning.part_report import MlpPart, PartName, PartTrial
+from swsurgery.scanning.part_report import ModelPart, PartName, PartTrial
 from swsurgery.scanning.report import Scan
 from swsurgery.scanning.scan_files import ScanFiles, write_files
+from swsurgery.storage.region import Region
 
 BASE = {"path": "tiny"}
+OUT = "model.layers.1.self_attn.o_proj"
+REGIONS = {
+    "attention": (Region(f"{OUT}.weight", ((3, 4), (0, 16))), Region(f"{OUT}.bias", ((3, 4),))),
+    "embedding": (Region("model.embed_tokens.weight", ((0, 32), (3, 4))),),
+}
 
 
-def part(kind: str, layer: int, number: int | None, expert: int | None = None, verdict: str = "needed alone"):
-    found = MlpPart(PartName(kind, layer, expert, number), (5, 7), 90.0)
+def part(kind: str, layer: int | None, number: int | None, expert: int | None = None, verdict: str = "needed alone"):
+    found = ModelPart(PartName(kind, layer, expert, number), (5, 7), 90.0, REGIONS.get(kind, ()))
     return PartTrial(found, WEAK if verdict == "inert" else STRONG, WEAK, verdict)
 
 
@@ -33,7 +39,8 @@ def scan_of(*parts: PartTrial, scalars: tuple[Candidate, ...] = ()) -> Scan:
     trials = tuple(Trial(scalar, STRONG, None, "needed alone") for scalar in scalars)
     tested = replace(CONFIRMATION, trials=trials, joint_sets=()) if scalars else None
     test = replace(PARTS, trials=parts)
-    return replace(SCAN, candidates=scalars, confirmation=tested, part_confirmation=test, unread=())
+    listed = tuple(one.candidate for one in parts)
+    return replace(SCAN, candidates=scalars, confirmation=tested, parts=listed, part_confirmation=test, unread=())
 
 
 def list_targets(report: Scan, op: str = "zero", factor: float | None = None) -> list[tuple[object, ...]]:
@@ -49,10 +56,12 @@ def test_needed_parts_are_edits_and_inert_ones_are_not():
     )  # fmt: skip
     assert list_targets(report) == [
         ("zero", 1, None, 3, None), ("zero", 2, None, None, 4), ("zero", 3, 6, None, None), ("zero", 4, 2, None, 8),
+        ("zero", 6, None, 1, None),
     ]  # fmt: skip
-    assert [target[0] for target in list_targets(report, "scale", 0.5)] == ["scale"] * 4
+    assert [target[0] for target in list_targets(report, "scale", 0.5)] == ["scale"] * 5
     text = scan_manifest(report, base=BASE, op="zero")
-    assert "4 parts that a scan by activations found and confirmed" in text
+    assert "# layer 6 row 1: adds 90 to channels 5, 7; not confirmed\n" in text
+    assert "5 parts that a scan by activations found and confirmed" in text
     assert "# layer 1 row 3: adds 90 to channels 5, 7; needed alone, perplexity x5.600 without it" in text
     assert "min_perplexity_ratio: 2.0" in text
 
@@ -72,6 +81,23 @@ def test_no_scalar_is_named_twice():
     ]  # fmt: skip
 
 
+def test_channels_of_attention_and_of_the_embedding_are_slices():
+    """They name tensors of their own, so they do not cross a row or a neuron of the same layer."""
+    report = scan_of(part("neuron", 1, 4), part("attention", 1, 3), part("embedding", None, 3))
+    text = scan_manifest(report, base=BASE, op="protect")
+    edits = parse_manifest(text.encode(), "m.yaml").manifest.edits
+    assert [(edit.tensor, edit.slice) for edit in edits if edit.tensor] == [
+        (f"{OUT}.weight", "3, 0:16"), (f"{OUT}.bias", "3"), ("model.embed_tokens.weight", "0:32, 3"),
+    ]  # fmt: skip
+    assert text.count("# layer 1 attention channel 3: adds 90") == 2 and "# embedding channel 3: adds 90" in text
+
+
+def test_parts_that_were_not_tested_are_in_the_manifest():
+    tested = scan_of(part("row", 1, 3))
+    text = scan_manifest(replace(tested, part_confirmation=None), base=BASE, op="zero")
+    assert "found, not confirmed" in text and "row 3: adds 90 to channels 5, 7; not confirmed" in text
+
+
 def test_a_scan_without_needed_parts_has_no_manifest():
     with pytest.raises(ManifestError, match="nothing to zero"):
         scan_manifest(scan_of(part("row", 1, 3, verdict="inert")), base=BASE, op="zero")
@@ -89,7 +115,7 @@ def test_the_written_manifest_zeroes_exactly_the_parts(needed, tmp_path):
     checkpoint = open_checkpoint(write_llama(tmp_path / "tiny"))
     verdict = "needed alone" if needed else "inert"
     report = scan_of(part("row", 1, 3, verdict=verdict), part("neuron", 2, 4, verdict=verdict))
-    assert report.answer == "none"  # no super weight
+    assert report.answer == ("found" if needed else "none")
     path = tmp_path / "zero.yaml"
     write_files(report, checkpoint, ScanFiles(manifest=path), require_reporter(None))
     assert path.exists() is needed

@@ -156,7 +156,8 @@ def test_an_activation_that_begins_at_an_unread_layer_is_undecided(
     monkeypatch.setattr(planted, "weights_of", expert_weights)
     planted.plant(jamba, Place(1, 5, 7, 1))
     report = scan_sequences(planted.opened(jamba, tmp_path / "planted"), SEQUENCES)
-    assert (report.candidates, report.answer) == ((), "undecided")
+    assert (report.candidates, report.parts, report.answer) == ((), (), "undecided")
+    assert {one.causes[0].describe() for one in report.activations if one.causes} == {"layer 1"}
     assert report.unread == UNREAD[:1]
 
 

@@ -26,6 +26,7 @@ from swsurgery.known.shipped import load_file
 from swsurgery.manifest.load import load_manifest, parse_manifest
 from swsurgery.scanning.causal_report import Effect
 from swsurgery.scanning.outputs import make_known_entry, scan_manifest
+from swsurgery.scanning.part_report import ModelPart, PartConfirmation, PartName, PartTrial
 from swsurgery.scanning.report import Candidate, Confirmation, JointSet, Scan, Trial
 from swsurgery.storage.coordinate import Coordinate
 from swsurgery.storage.dtypes import DTYPES, decode
@@ -163,6 +164,20 @@ def test_without_a_causal_test_nothing_is_claimed(checkpoint, report):
     assert all(c.effects == () and c.role == "not confirmed" for c in model.coordinates)
     assert model.joint_sets == () and model.effects == ()
     assert model.path == str(checkpoint.root), "a name of one's own is no repository"
+
+
+@pytest.mark.parametrize("tested", [False, True])
+def test_an_entry_names_the_parts_that_create_an_activation(checkpoint, report, tested, capsys):
+    part = ModelPart(PartName("row", 1, None, 3), (3,), 90.0)
+    fields = {key: value for key, value in vars(report.confirmation).items() if key not in ("column_nulls", "doses")}
+    trial = PartTrial(part, effect(1.8), None, "needed alone")
+    test = PartConfirmation(**fields | {"trials": (trial,), "joint_sets": ()})
+    found = replace(nothing(report, False), parts=(part,), part_confirmation=test if tested else None)
+    own.save(make_known_entry(found, checkpoint, hf_id="tiny", command=COMMAND))
+    assert main(["lookup", "tiny"]) == 0
+    words = "layer 1 row 3 (needed alone, perplexity x1.800 without it)" if tested else "layer 1 row 3 (not confirmed)"
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"Parts of the model that create an activation in a scan: {words}: measured with" in said
 
 
 @pytest.mark.parametrize("confirmed", [False, True])

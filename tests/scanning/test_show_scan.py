@@ -10,7 +10,7 @@ import pytest
 from swsurgery.cli.show_scan import show_scan, show_sweep
 from swsurgery.scanning.activation_report import PersistentActivation
 from swsurgery.scanning.causal_report import Effect
-from swsurgery.scanning.part_report import MlpPart, PartConfirmation, PartName, PartTrial
+from swsurgery.scanning.part_report import ModelPart, PartConfirmation, PartName, PartTrial
 from swsurgery.scanning.report import (
     Candidate,
     ColumnNull,
@@ -325,20 +325,27 @@ def test_a_sweep_is_listed_by_factor_with_the_base_once(lines):
     assert lines(dataclasses.replace(SWEEP, points=swept)) == wanted, "the base is shown where it was not swept"
 
 
-def test_the_answer_names_needed_parts_if_there_is_no_scalar(capsys):
+def test_the_answer_names_parts_beside_scalars(capsys):
     ratio = Effect(1.85, 1.39, 2.48, 0.6)
-    parts = [MlpPart(PartName("expert", 4, expert, None), (25,), 30.0) for expert in (5, 6)]
+    parts = [ModelPart(PartName("expert", 4, expert, None), (25,), 30.0) for expert in (5, 6)]
     fields = {key: value for key, value in vars(CONFIRMED.confirmation).items() if key not in ("column_nulls", "doses")}
     test = PartConfirmation(
         **fields | {"joint_sets": (), "null": ()}
         | {"trials": (PartTrial(parts[0], ratio, INERT, "needed alone"), PartTrial(parts[1], INERT, ratio, "inert"))}
     )  # fmt: skip
-    show_scan(dataclasses.replace(SCAN, candidates=(), part_confirmation=test))
-    needed = "; needed parts: layer 4 expert 5 (needed alone)"
-    assert f"answer    none: no super weight was found{needed}\n" in capsys.readouterr().out
+    listed = {"parts": tuple(parts), "part_confirmation": test}
+    show_scan(dataclasses.replace(SCAN, candidates=(), **listed))
+    needed = "; 1 needed part: layer 4 expert 5 (needed alone)"
+    assert f"answer    no super weight was found{needed}\n" in capsys.readouterr().out
     inert = (Trial(MAKER, INERT, None, "inert"),)
     tested = dataclasses.replace(CONFIRMED.confirmation, trials=inert, joint_sets=())
-    show_scan(dataclasses.replace(SCAN, candidates=(MAKER,), confirmation=tested, part_confirmation=test))
-    assert f"none: no super weight was confirmed (1 inert){needed}\n" in capsys.readouterr().out
-    show_scan(dataclasses.replace(CONFIRMED, part_confirmation=test))
-    assert "needed parts" not in capsys.readouterr().out
+    show_scan(dataclasses.replace(SCAN, candidates=(MAKER,), confirmation=tested, **listed))
+    assert f"answer    no super weight was confirmed (1 inert){needed}\n" in capsys.readouterr().out
+    show_scan(dataclasses.replace(CONFIRMED, **listed))
+    assert f"){needed}\n" in capsys.readouterr().out
+    show_scan(dataclasses.replace(SCAN, candidates=(), parts=tuple(parts)))
+    found = "no super weight was found; 2 parts, not confirmed: layer 4 expert 5, layer 4 expert 6"
+    assert f"answer    {found}\n" in capsys.readouterr().out
+    inert_parts = dataclasses.replace(test, trials=(test.trials[1],))
+    show_scan(dataclasses.replace(SCAN, candidates=(), parts=(parts[1],), part_confirmation=inert_parts))
+    assert "answer    none: no super weight was found\n" in capsys.readouterr().out

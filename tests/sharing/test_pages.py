@@ -6,14 +6,16 @@ import json
 import random
 import re
 import xml.etree.ElementTree as xml
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from page_documents import DOCUMENTS
+from page_documents import DOCUMENTS, SCAN
 
+from swsurgery.scanning.part_report import ModelPart, PartName
 from swsurgery.sharing.page import PAGES, render_page
 from swsurgery.sharing.page.markup import MAX_TABLE_ROWS, Markup, escape, make_tag
 from swsurgery.sharing.page.render import MAX_PAGE
@@ -202,23 +204,33 @@ def test_a_page_about_a_scan_says_what_it_is_to_say():
     assert (
         "a hidden state is massive from this many times the typical channel maximum of its layer on outstanding" in text
     )
-    assert (
-        "2 random ones of similar size, each alone" in text and "all candidates multiplied by a factor" in text.lower()
-    )
+    assert "2 random scalars of similar magnitude, each alone" in text
+    assert "all candidates multiplied by a factor" in text.lower()
 
 
 def test_a_page_about_a_scan_shows_tested_parts_beside_random_ones():
     page = render_page("scan", "my-model", DOCUMENTS["parts"][1])
     text = say(read(page))
-    assert "No super weight was found. Needed parts: L1 row 39." in text
+    assert "No super weight was found. Needed: 1 part that creates an activation, L1 row 39." in text
     assert "L1 row 39 39 963 x5.600 needed alone" in text
     assert "L3 expert 2 neuron 834 7, 39 -202 x1.020 inert" in text
     assert "L3 expert 2 neuron 834: inert, perplexity x1.02 without it" in text
     assert "2 random rows of layer 1, each alone" in text and "1 random neuron of layer 3, each alone" in text
-    section = page.decode().partition("Effects of rows, neurons and experts")[2].partition("What was not found")[0]
+    section = page.decode().partition("Parts that create an activation")[2].partition("What was not found")[0]
     # Each part alone, all parts, and all parts but one of them have an interval. The random parts have none.
     assert section.count('class="interval"') == 5 and section.count("<figure>") == 2
-    assert "Effects of rows" not in say(read(render_page("scan", "my-model", DOCUMENTS["scan"][1])))
+    assert "Parts that" not in say(read(render_page("scan", "my-model", DOCUMENTS["scan"][1])))
+
+
+def test_a_page_about_a_scan_shows_parts_that_were_not_tested():
+    parts = (
+        ModelPart(PartName("attention", 2, None, 7), (7,), 90.0),
+        ModelPart(PartName("embedding", None, None, 8), (8,), -120.0),
+    )
+    document = replace(SCAN, candidates=(), unread=(), confirmation=None, parts=parts).to_json()
+    text = say(read(render_page("scan", "my-model", document)))
+    assert "Not confirmed: 2 parts that create an activation, L2 attention channel 7, embedding channel 8." in text
+    assert "L2 attention channel 7 7 90 not tested" in text and "embedding channel 8 8 -120 not tested" in text
 
 
 def test_a_page_about_proof_says_yes_or_no():

@@ -14,7 +14,7 @@ from swsurgery.scanning.activation_report import PersistentActivation
 from swsurgery.scanning.causal_report import Effect
 from swsurgery.scanning.comparison import ComparedModel, Comparison
 from swsurgery.scanning.expert_report import ExpertCandidate, ExpertMaximum, ExpertScan
-from swsurgery.scanning.part_report import MlpPart, PartConfirmation, PartName, PartTrial
+from swsurgery.scanning.part_report import ModelPart, PartConfirmation, PartName, PartTrial
 from swsurgery.scanning.report import (
     Candidate,
     ColumnNull,
@@ -68,8 +68,8 @@ SCAN = Scan(
     unread=(UnreadLayer(5, (), (DOWN.format(5),)),),
     settings={"outstanding": 8.0, "bos": True, "dtype": "float32", "unheard_of": 1},
 )
-ROW = MlpPart(PartName("row", 1, None, 39), (39,), 963.0)
-NEURON = MlpPart(PartName("neuron", 3, 2, 834), (7, 39), -202.0)
+ROW = ModelPart(PartName("row", 1, None, 39), (39,), 963.0)
+NEURON = ModelPart(PartName("neuron", 3, 2, 834), (7, 39), -202.0)
 PARTS = PartConfirmation(
     trials=(PartTrial(ROW, STRONG, WEAK, "needed alone"), PartTrial(NEURON, WEAK, STRONG, "inert")),
     together=STRONG,
@@ -175,7 +175,12 @@ DOCUMENTS: dict[str, tuple[str, dict[str, Any]]] = {
     "check": ("check", CHECKED),
     "check alone": ("check", replace(CHECK, compared=False).to_json()),
     "scan": ("scan", SCAN.to_json()),
-    "parts": ("scan", replace(SCAN, candidates=(), unread=(), confirmation=None, part_confirmation=PARTS).to_json()),
+    "parts": (
+        "scan",
+        replace(
+            SCAN, candidates=(), unread=(), confirmation=None, parts=(ROW, NEURON), part_confirmation=PARTS
+        ).to_json(),
+    ),
     "experts": ("scan", EXPERTS.to_json()),
     "weights": ("scan", WEIGHTS.to_json()),
     "sweep": ("sweep", SWEEP.to_json()),

@@ -69,7 +69,7 @@ class CauseItem(DocumentPart):
     scalars of the row that contribute half of it.
     """
 
-    kind: Literal["scalar", "row", "neuron", "expert", "MLP", "attention", "embedding", "several layers"]
+    kind: Literal["scalar", "row", "neuron", "expert", "MLP", "attention", "layer", "embedding", "several layers"]
     layer: int
     added: PlainNumber
     share: PlainNumber
@@ -235,32 +235,40 @@ class ConfirmationItem(RunConditions):
 
 
 class PartItem(DocumentPart):
-    """A row, neuron or expert that creates persistent activations in `channels`, and the effect of zeroing it.
+    """A part of the model that creates persistent activations in `channels`, and the effect of zeroing it.
 
-    `number` is the row or the neuron; it is null for an expert.
+    `number` is the row, the neuron, or the channel of attention or of the embedding; it is null for an expert. `layer`
+    is null for the embedding. `regions` contains the stored scalars of the part, and `added` the largest value that it
+    adds to a channel. `verdict`, `alone` and `without` exist after a causal test.
     """
 
-    kind: Literal["row", "neuron", "expert"]
-    layer: int
+    kind: Literal["row", "neuron", "expert", "attention", "embedding"]
+    layer: int | None
     expert: ExpertNumber
     number: int | None
     channels: list[int]
     added: PlainNumber
-    verdict: str
-    alone: EffectItem
-    without: EffectItem | None
+    regions: list[str]
+    verdict: str = ABSENT
+    alone: EffectItem = ABSENT
+    without: EffectItem | None = ABSENT
 
 
 class PartNullItem(DocumentPart):
     """The perplexity ratios of random parts of one kind and layer, each zeroed alone."""
 
-    kind: Literal["row", "neuron", "expert"]
-    layer: int
+    kind: Literal["row", "neuron", "expert", "attention", "embedding"]
+    layer: int | None
     ratios: list[PlainNumber]
 
 
 class ScanDocument(Document):
-    """What a scan for super weights found. `profile` and `prompts` exist if prompts were run."""
+    """What a scan found. `profile`, `prompts` and `passport` exist if prompts were run.
+
+    `answer` is "found" if `super_weights`, `found_parts` or, in a scan by experts, `super_experts` is not empty. These
+    lists contain what the causal test found needed or could not judge; without a causal test, they contain everything
+    that the scan lists in `candidates`, `parts` and `experts`.
+    """
 
     method: Literal["activations", "weights", "experts"]
     model_type: str
@@ -270,6 +278,8 @@ class ScanDocument(Document):
     super_weights: list[ScalarItem]
     candidates: list[ScalarItem]
     removers: list[ScalarItem]
+    parts: list[PartItem]
+    found_parts: list[PartItem]
     super_activations: list[ActivationItem]
     joint_sets: list[JointItem]
     notes: list[str]
@@ -277,7 +287,6 @@ class ScanDocument(Document):
     profile: ProfileItem = ABSENT
     prompts: list[str] = ABSENT
     passport: PassportItem = ABSENT
-    parts: list[PartItem] = ABSENT
     part_confirmation: ConfirmationItem = ABSENT
     confirmation: ConfirmationItem = ABSENT
 

@@ -1,4 +1,4 @@
-"""Draw the result of a scan: the candidates of each layer, the profile of the layers, and the labels.
+"""Draw the result of a scan: the candidates and parts of each layer, the profile of the layers, and the labels.
 
 This module must not compute measurements.
 """
@@ -41,6 +41,7 @@ from swsurgery.scanning.figures.sheet import (
     set_own_style,
     write_note,
 )
+from swsurgery.scanning.part_report import ModelPart, PartTrial
 from swsurgery.scanning.report import Candidate, Profile, Scan
 
 if TYPE_CHECKING:
@@ -59,19 +60,29 @@ run, and "untested" means that it was run but allowed no verdict."""
 
 
 class Found(NamedTuple):
-    """A scalar to mark in the figure, and its verdict, or None if the causal test was not run."""
+    """A scalar or another part of the model to mark in the figure.
 
-    candidate: Candidate
+    `verdict` is None if the causal test was not run. `inputs`, `outputs` and `residuals` are the values that are marked
+    in the panels of these names; None if there is nothing to mark. `z` is the robust z-score in a scan by weights.
+    """
+
+    name: str
+    layer: int
     verdict: Verdict | None
+    inputs: float | None = None
+    outputs: float | None = None
+    residuals: float | None = None
+    z: float | None = None
 
 
 def plot_scan(report: Scan, path: Path, model: str | None = None) -> None:
-    """Draw the measurements of a scan by layer, mark its candidates, and write the figure to `path`.
+    """Draw the measurements of a scan by layer, mark its candidates and parts, and write the figure to `path`.
 
     For a scan by activations, three panels show the largest input and the largest output of the down projection and the
     largest hidden state after the layer (arXiv:2411.07191, figures 3 to 5). The values are signed, on a scale that
-    shows both 100 and 20,000. For a scan by weights, one panel shows the robust z-score of each candidate and the
-    threshold `min_z` from the report's settings.
+    shows both 100 and 20,000. A part that creates an activation is marked in the last panel, at the value that it adds.
+    For a scan by weights, one panel shows the robust z-score of each candidate and the threshold `min_z` from the
+    report's settings.
 
     `model` replaces the model type in the title. An existing file is replaced. Raises TargetError for the reasons that
     `check_figure_path` gives, and if the file cannot be written.
@@ -81,7 +92,7 @@ def plot_scan(report: Scan, path: Path, model: str | None = None) -> None:
         paper = make_sheet(f"{model or report.model_type}, {report.layers} layers: {_format_answer(report)}")
         found = _list_found(report)
         labelled = found[:MAX_LABELS]
-        rows = _choose_rows(paper, [f.candidate for f in labelled], report.layers)
+        rows = _choose_rows(paper, labelled, report.layers)
         top = TOP - ROW * (max(rows, default=-1) + 1)
         if report.profile is None:
             panels = add_panels(paper, top, 1)
@@ -101,26 +112,46 @@ def plot_scan(report: Scan, path: Path, model: str | None = None) -> None:
 
 
 def _list_found(report: Scan) -> list[Found]:
-    """List the scalars to mark, in the order of `VERDICT_MARKS`. Companions are included only if they are critical."""
+    """List what to mark, in the order of `VERDICT_MARKS`. Companions are included only if they are critical."""
     if isinstance(report, ExpertScan):
         test = report.expert_confirmation
         verdicts = {t.candidate.name: t.verdict for t in (test.trials if test else ())}
-        return [Found(expert.cause, verdicts.get(expert.name)) for expert in report.experts]
+        return [_make_found(expert.cause, verdicts.get(expert.name)) for expert in report.experts]
     trials = report.confirmation.trials if report.confirmation else ()
-    found = [Found(t.candidate, t.verdict) for t in trials if t.listed or t.verdict.startswith("needed")]
+    found = [_make_found(t.candidate, t.verdict) for t in trials if t.listed or t.verdict.startswith("needed")]
     tested = {trial.candidate.coordinate for trial in trials}
-    found += [Found(candidate, None) for candidate in report.candidates if candidate.coordinate not in tested]
+    found += [_make_found(candidate, None) for candidate in report.candidates if candidate.coordinate not in tested]
+    found += [_mark_part(part, report.part_trials.get(part.name)) for part in report.parts]
     order = list(VERDICT_MARKS)
     return sorted(found, key=lambda one: order.index(one.verdict))
+
+
+def _make_found(candidate: Candidate, verdict: Verdict | None) -> Found:
+    expert = "" if candidate.expert is None else f" expert {candidate.expert}"
+    name = f"L{candidate.layer}{expert} [{candidate.row}, {candidate.col}]"
+    spikes = candidate.input_spike, candidate.output_spike
+    return Found(name, candidate.layer, verdict, *spikes, z=candidate.z)
+
+
+def _mark_part(part: ModelPart, trial: PartTrial | None) -> Found:
+    """Mark a part by the value that it adds to the hidden state. The embedding is marked at the first layer."""
+    name = str(part.name).replace("layer ", "L", 1)
+    return Found(name, part.name.layer or 0, trial.verdict if trial else None, residuals=part.added)
 
 
 def _format_answer(report: Scan) -> str:
     if isinstance(report, ExpertScan):
         words = pluralise(len(report.super_experts), "super expert") if report.super_experts else "no super expert"
         return f"{words} {'confirmed' if report.confirmed else 'found by experts'}"
-    count = len(report.super_weights)
-    words = "no super weight" if count == 0 else "1 super weight" if count == 1 else f"{count} super weights"
-    if report.confirmation is not None and (report.confirmed or not count):
+    parts = pluralise(len(report.found_parts), "part") if report.found_parts else ""
+    tested = report.part_confirmation is not None and report.part_confirmation.has_verdicts
+    return _format_scalars(report) + (f", {parts} {'needed' if tested else 'not confirmed'}" if parts else "")
+
+
+def _format_scalars(report: Scan) -> str:
+    count, test = len(report.super_weights), report.confirmation
+    words = "no super weight" if count == 0 else pluralise(count, "super weight")
+    if test is not None and (test.has_verdicts or not count):
         return f"{words} confirmed"
     how = "by activations" if report.method == "activations" else "by weights alone"
     return f"{words} found {how}" + (", not confirmed" if count else "")
@@ -136,18 +167,18 @@ def _set_layer_axis(panels: Sequence[Axes], layers: int) -> None:
     panels[-1].set(xlim=(-0.5, layers - 0.5), xticks=range(0, layers, step), xlabel="layer")
 
 
-def _choose_rows(paper: Axes, candidates: Sequence[Candidate], layers: int) -> list[int]:
-    """Choose a row for the label of each candidate, so that no labels overlap. Row 0 is the lowest.
+def _choose_rows(paper: Axes, found: Sequence[Found], layers: int) -> list[int]:
+    """Choose a row for each label, so that no labels overlap. Row 0 is the lowest.
 
-    A label is a vertical line above the candidate's layer, with the candidate's name to the right of the upper end.
+    A label is a vertical line above the layer of what is marked, with its name to the right of the upper end.
     Labels are placed from the last layer to the first. Each label gets the lowest row in which its name crosses no line
     that was placed before.
     """
     poles: list[tuple[float, int]] = []
-    rows = dict.fromkeys(range(len(candidates)), 0)
-    for number in sorted(rows, key=lambda n: (-candidates[n].layer, n)):
-        x = _compute_x(candidates[number].layer, layers)
-        text = paper.text(0, 0, _format_name(candidates[number]))
+    rows = dict.fromkeys(range(len(found)), 0)
+    for number in sorted(rows, key=lambda n: (-found[n].layer, n)):
+        x = _compute_x(found[number].layer, layers)
+        text = paper.text(0, 0, found[number].name)
         end = x + measure_width(text) + 26
         text.remove()
         rows[number] = max((row + 1 for pole, row in poles if x <= pole < end), default=0)
@@ -155,16 +186,11 @@ def _choose_rows(paper: Axes, candidates: Sequence[Candidate], layers: int) -> l
     return list(rows.values())
 
 
-def _format_name(candidate: Candidate) -> str:
-    expert = "" if candidate.expert is None else f" expert {candidate.expert}"
-    return f"L{candidate.layer}{expert} [{candidate.row}, {candidate.col}]"
-
-
 def _draw_label(paper: Axes, found: Found, row: int, layers: int, top: float) -> None:
-    x, y = _compute_x(found.candidate.layer, layers), top + ROW * (row + 0.5)
+    x, y = _compute_x(found.layer, layers), top + ROW * (row + 0.5)
     paper.plot([x, x], [BOTTOM, y], color=GREY, linewidth=0.7, zorder=0)
     VERDICT_MARKS[found.verdict].draw(paper, [x], [y])
-    paper.text(x + 11, y, _format_name(found.candidate), verticalalignment="center")
+    paper.text(x + 11, y, found.name, verticalalignment="center")
 
 
 def _draw_profile(panels: Sequence[Axes], report: Scan, profile: Profile, found: Sequence[Found]) -> None:
@@ -174,20 +200,16 @@ def _draw_profile(panels: Sequence[Axes], report: Scan, profile: Profile, found:
         ("largest hidden state\nafter the layer", profile.residuals),
     )
     threshold = _find_threshold([*profile.inputs, *profile.outputs])
-    # Spikes found in later rounds may be larger than all values of the unedited model, and must fit into the panels.
-    spikes = [
-        [v for v in values if v is not None]
-        for values in zip(*((f.candidate.input_spike, f.candidate.output_spike) for f in found), strict=True)
-    ] or [[], []]
     massive = {layer for a in report.activations for layer in range(a.layer, a.last + 1)}
-    for panel, (name, values), marked in zip(panels, sides, [*spikes, []], strict=True):
+    for panel, (name, values), key in zip(panels, sides, ("inputs", "outputs", "residuals"), strict=True):
+        marked = [(one, value) for one in found if (value := getattr(one, key)) is not None]
         panel.set_ylabel(name)
         _draw_bars(panel, values, massive if panel is panels[2] else set())
-        _set_signed_scale(panel, [*values, *marked], threshold)
-    for candidate, verdict in reversed(found):  # the most important candidate is drawn last, on top
-        for panel, spike in zip(panels, (candidate.input_spike, candidate.output_spike), strict=False):
-            if spike is not None and math.isfinite(spike):
-                VERDICT_MARKS[verdict].draw(panel, [candidate.layer], [spike])
+        # Spikes found in later rounds may be larger than all values of the unedited model, and must fit in.
+        _set_signed_scale(panel, [*values, *(value for _, value in marked)], threshold)
+        for one, value in reversed(marked):  # the most important one is drawn last, on top
+            if math.isfinite(value):
+                VERDICT_MARKS[one.verdict].draw(panel, [one.layer], [value])
 
 
 def _draw_bars(panel: Axes, values: Sequence[float], massive: Collection[int]) -> None:
@@ -257,8 +279,8 @@ def _draw_scores(panel: Axes, report: Scan, found: Sequence[Found]) -> None:
     if not found:
         why = "\n".join(textwrap.fill(escape_control(note), 90) for note in report.notes)
         panel.text(0.5, 0.5, why, transform=panel.transAxes, horizontalalignment="center")
-    for candidate, verdict in reversed(found):
-        if candidate.z is not None and math.isfinite(candidate.z):
-            VERDICT_MARKS[verdict].draw(panel, [candidate.layer], [candidate.z])
+    for one in reversed(found):
+        if one.z is not None and math.isfinite(one.z):
+            VERDICT_MARKS[one.verdict].draw(panel, [one.layer], [one.z])
     panel.yaxis.set_major_formatter(format_tick)
     panel.set_ylim(0, 1.1 * max(panel.get_ylim()[1], 1.0))

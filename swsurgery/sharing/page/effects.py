@@ -1,10 +1,12 @@
 """Render the causal tests of a scan: the effects of zeroing candidates alone, together, and of random parts.
 
-Scalars or experts come first. The rows, neurons and experts that create an activation follow in a section of their own.
+Scalars or experts come first. The parts that create an activation follow in a section of their own: rows, neurons,
+experts, and channels of attention or of the embedding.
 """
 
 from __future__ import annotations
 
+from swsurgery.checkpoint.part_words import describe_random_parts, name_part
 from swsurgery.errors import pluralise
 from swsurgery.sharing.page.markup import Markup, make_facts, make_section, make_table, make_tag
 from swsurgery.sharing.page.parts import MARKS_BY_VERDICT, show_figure, show_figures, show_measured
@@ -37,14 +39,18 @@ def _show_candidates(document: Document) -> list[Markup]:
         return []
     alone = _list_alone(document)
     joint = _list_joint(document, test)
-    null = _list_null(test)
+    null = _list_null(test, experts=bool(read_maps(document, "experts")))
     figures = [
         show_figure(f"{caption}, with 95% intervals.", draw_dots(caption, dots, AXIS))
         for caption, dots in (("Zeroed alone", alone), ("Zeroed together", joint))
         if dots
     ]
     if null:
-        words = "Zeroed for comparison: each circle is one part of the model."
+        words = "Zeroed for comparison. Each circle is one random scalar of the candidates' matrices."
+        if read_maps(document, "experts"):
+            words = "Zeroed for comparison. Each circle is one random expert, or one set of random experts."
+        elif read_maps(test, "column_nulls"):
+            words = f"{words[:-1]}, or another large scalar of a candidate's column."
         figures.append(show_figure(words, draw_dots(words, null, AXIS)))
     base = show_number(test.get("base_perplexity"))
     facts = make_facts([("perplexity as stored", base)])
@@ -55,9 +61,13 @@ def _show_candidates(document: Document) -> list[Markup]:
 
 
 def _show_parts(document: Document) -> list[Markup]:
-    """Render the effects of zeroing the rows, neurons and experts that create an activation, if they were tested."""
+    """Render the parts that create an activation, and the effects of zeroing them if they were tested."""
     parts, test = read_maps(document, "parts"), read_map(document, "part_confirmation")
-    if not parts or not test:
+    title = "Parts that create an activation"
+    if parts and not test:
+        return [make_section(title, _tabulate_parts(parts))]
+    parts = [one for one in parts if read_text(one, "verdict")]
+    if not parts:
         return []
     alone = [_make_dot(_label_part(one), read_map(one, "alone"), read_text(one, "verdict")) for one in parts]
     joint = [_make_dot("all parts", read_map(test, "together"), "needed jointly")] if len(parts) > 1 else []
@@ -75,7 +85,6 @@ def _show_parts(document: Document) -> list[Markup]:
     }
     figures = [show_figure(f"{words}.", draw_dots(words, dots, AXIS)) for words, dots in captions.items() if dots]
     facts = make_facts([("perplexity as stored", show_number(test.get("base_perplexity")))])
-    title = "Effects of rows, neurons and experts"
     return [make_section(title, _tabulate_parts(parts), show_figures(figures), facts, show_measured(test, test))]
 
 
@@ -91,7 +100,7 @@ def _tabulate_parts(parts: list[Document]) -> Markup:
             ", ".join(show_number(channel) or "" for channel in read_numbers(one, "channels")[:6]),
             show_number(one.get("added")),
             show_ratio(read_number(one, "alone", "ratio")),
-            read_text(one, "verdict"),
+            read_text(one, "verdict") or "not tested",
         ]
         for one in parts
     ]
@@ -103,9 +112,8 @@ def _list_part_nulls(test: Document) -> list[DotRow]:
     rows = []
     for null in read_maps(test, "part_nulls"):
         if ratios := _read_ratios(null, "ratios"):
-            amount = pluralise(len(ratios), f"random {read_text(null, 'kind')}")
-            label = f"{amount} of layer {read_integer(null, 'layer')}, each alone"
-            rows.append(DotRow(label, None, mark=NULL_MARK, others=ratios))
+            words = describe_random_parts(read_text(null, "kind"), read_integer(null, "layer"), len(ratios))
+            rows.append(DotRow(f"{words}, each alone", None, mark=NULL_MARK, others=ratios))
     return rows
 
 
@@ -133,14 +141,22 @@ def _list_joint(document: Document, test: Document) -> list[DotRow]:
     return dots
 
 
-def _list_null(test: Document) -> list[DotRow]:
+def _list_null(test: Document, experts: bool) -> list[DotRow]:
+    """List the effects of what was zeroed for comparison: scalars, or experts in a scan for super experts."""
     rows = []
     if ratios := _read_ratios(test, "null_ratios"):
-        rows.append(
-            DotRow(f"{len(ratios)} random ones of similar size, each alone", None, mark=NULL_MARK, others=ratios)
-        )
+        what = "random expert" if experts else "random scalar"
+        words = f"{pluralise(len(ratios), what)} of {'these layers' if experts else 'similar magnitude'}, each alone"
+        rows.append(DotRow(words, None, mark=NULL_MARK, others=ratios))
     if ratios := _read_ratios(test, "joint_null_ratios"):
-        rows.append(DotRow(f"{len(ratios)} random sets of as many", None, mark=NULL_MARK, others=ratios))
+        rows.append(
+            DotRow(
+                f"{pluralise(len(ratios), 'random set')} of as many experts in each layer",
+                None,
+                mark=NULL_MARK,
+                others=ratios,
+            )
+        )
     for column in read_maps(test, "column_nulls"):
         place = f"layer {read_integer(column, 'layer')} column {read_integer(column, 'col')}"
         for key, words in (("alone", "alone"), ("added", "beside all candidates")):
@@ -161,15 +177,17 @@ def _make_dot(label: str, effect: Document, verdict: str) -> DotRow:
 
 
 def format_short_name(one: Document) -> str:
-    """Return the short name of a scalar, an expert, a row or a neuron.
+    """Return the short name of a scalar, an expert or another part.
 
-    Examples: "L11 [507, 1229]", "L1 expert 68", "L3 row 39".
+    Examples: "L11 [507, 1229]", "L1 expert 68", "L3 row 39", "embedding channel 7".
     """
+    if one.get("kind") == "embedding":
+        return name_part("embedding", None, None, read_integer(one, "number"))
     expert = one.get("expert")
     aside = "" if expert is None else f" expert {expert}"
     place = f" [{one.get('row')}, {one.get('col')}]" if "col" in one else ""
     if one.get("number") is not None:
-        place = f" {read_text(one, 'kind')} {one.get('number')}"
+        place = f" {name_part(read_text(one, 'kind'), None, None, read_integer(one, 'number'))}"
     return f"L{one.get('layer')}{aside}{place}"
 
 

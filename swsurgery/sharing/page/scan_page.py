@@ -100,14 +100,17 @@ def render_scan(subject: str, document: Document) -> Page:
 
 
 def _describe(document: Document, experts: bool) -> Markup:
-    """Return the answer of a scan, followed by the rows, neurons and experts that the causal test found needed."""
-    needed = [one for one in read_maps(document, "parts") if read_text(one, "verdict").startswith("needed")]
-    answer = _describe_found(document, experts)
-    if not needed:
-        return answer
-    names = join([make_code(format_short_name(one)) for one in needed[:8]], ", ")
-    more = f" and {len(needed) - 8} more" if len(needed) > 8 else ""
-    return join([answer, " Needed parts: ", names, more, "."])
+    """Return the answer of a scan, followed by the parts that create an activation and were not found inert."""
+    answer = [_describe_found(document, experts)]
+    found = read_maps(document, "found_parts")
+    needed = [one for one in found if read_text(one, "verdict").startswith("needed")]
+    untested = [one for one in found if one not in needed]
+    for parts, words in ((needed, "Needed"), (untested, "Not confirmed")):
+        names = join([make_code(format_short_name(one)) for one in parts[:8]], ", ")
+        more = f" and {len(parts) - 8} more" if len(parts) > 8 else ""
+        amount = f"{pluralise(len(parts), 'part')} that create{'' if len(parts) > 1 else 's'} an activation"
+        answer += [join([f" {words}: {amount}, ", names, more, "."])] if parts else []
+    return join(answer)
 
 
 def _describe_found(document: Document, experts: bool) -> Markup:
