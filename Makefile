@@ -2,7 +2,7 @@
 # make pages   write the HTML page of every command for a real model, with screenshots if Chromium is installed
 # make test    install, then run the linter, the type checker and all tests
 # make quick   the same without slow tests and tests that need torch or the model: under a minute on two cores
-# make tasks   test the tasks of lm-evaluation-harness in an environment of their own (600 MB more)
+# make tasks   test and measure the tasks of lm-evaluation-harness in an environment of their own (600 MB more)
 # make bench   measure speed and memory
 # make recall  measure how many planted super weights a scan finds: about six minutes on two cores, one on sixteen
 #              (RECALL: folders of trained models, --seeds N, --families A B, --json FILE, --quick)
@@ -41,6 +41,7 @@ quick: $(VENV)/.quick
 # lm-eval and its dependencies are large, so only these tests have them.
 tasks: $(VENV)-tasks/.tasks $(MODEL)/config.json
 	OMP_NUM_THREADS=1 SWSURGERY_TEST_MODEL=$(MODEL) $(VENV)-tasks/bin/python -m pytest -q tests/model/test_tasks.py
+	OMP_NUM_THREADS=1 $(VENV)-tasks/bin/python benchmarks/tasks.py $(MODEL) --write $(TASKS)
 
 bench: $(VENV)/.test
 	$(BIN)/python benchmarks/run.py $(BENCH)
