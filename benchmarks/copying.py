@@ -25,6 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from bytecode import compile_package
 from page import describe_machine, replace_section
 from run import INDEX, SIZES, SWSURGERY, TENSOR, make_once, write_checkpoint
 from values import forget
@@ -193,6 +194,7 @@ def main() -> None:
     parser.add_argument("--cold", action="store_true", help="empty the page cache of the base first")
     parser.add_argument("--write", action="store_true", help="write docs/benchmarks.md")
     options = parser.parse_args()
+    compile_package()
     work = options.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     manifest = work / "manifest.json"

@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from bytecode import compile_package
 from page import PAGE
 
 SIZES = {  # hidden, intermediate, layers, key-value width, vocabulary, gigabytes per shard
@@ -172,6 +173,7 @@ def main() -> None:
     parser.add_argument("--mergekit", help="a Python that has mergekit")
     parser.add_argument("--write", action="store_true", help="write docs/benchmarks.md")
     options = parser.parse_args()
+    compile_package()
     work, out = options.work.resolve(), options.work.resolve() / "out"
     work.mkdir(parents=True, exist_ok=True)
     manifest = work / "manifest.yaml"

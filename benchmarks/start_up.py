@@ -1,6 +1,6 @@
 """Compare whole processes: swsurgery's check with a plain script of transformers that computes the same perplexities.
 
-usage: python benchmarks/start_up.py [FOLDER] [--device cpu|cuda] [--windows N] [--rounds N] [--cold] [--write]
+usage: python benchmarks/start_up.py [FOLDER] [--device cpu|cuda] [--windows N] [--layer N] [--rounds N] [--cold]
 
 With a model's FOLDER, `swsurgery apply` copies the model with one edit, and runs both. Without it, a Llama-shaped F16
 checkpoint of random weights (13.5 GB) is edited in place, and `swsurgery check` runs it and its base, streamed. The
@@ -20,6 +20,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from bytecode import compile_package
 from page import describe_machine, replace_section
 from run import SWSURGERY, write_checkpoint
 from stream import forget_files, read_all
@@ -32,7 +33,7 @@ import sys
 import torch
 from pathlib import Path
 from transformers import AutoModelForCausalLM, AutoTokenizer
-folder, passage, device, dtype, windows, output = sys.argv[1:]
+folder, passage, device, dtype, windows, layer, output = sys.argv[1:]
 tokenizer = AutoTokenizer.from_pretrained(folder)
 model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=device).eval()
 ids = tokenizer(Path(passage).read_text(), add_special_tokens=False)["input_ids"]
@@ -46,7 +47,7 @@ def perplexity():
     return float(torch.stack(losses).mean().exp())
 print(perplexity())
 with torch.no_grad():
-    model.get_parameter("model.layers.2.mlp.down_proj.weight")[17, 90] = 0.5
+    model.get_parameter(f"model.layers.{layer}.mlp.down_proj.weight")[17, 90] = 0.5
 print(perplexity())
 if output:
     model.save_pretrained(output)
@@ -54,8 +55,8 @@ if output:
 """
 
 
-def write_big(folder: Path) -> None:
-    """Write the random checkpoint with a tokenizer whose tokens are bytes, and edit it in place."""
+def write_big(folder: Path, layer: int) -> None:
+    """Write the random checkpoint with a tokenizer whose tokens are bytes, and edit it in place in `layer`."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     write_checkpoint(folder, "13.5 GB")
@@ -66,14 +67,14 @@ def write_big(folder: Path) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 2048}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    manifest = write_manifest(folder, folder.parent)
+    manifest = write_manifest(folder, folder.parent, layer)
     subprocess.run([*SWSURGERY, "apply", str(manifest), "--in-place", "--check", "off"], check=True)
 
 
-def write_manifest(folder: Path, work: Path) -> Path:
-    """Write a manifest that changes one scalar of the model in `folder`."""
+def write_manifest(folder: Path, work: Path, layer: int) -> Path:
+    """Write a manifest that changes one scalar of the down projection in `layer` of the model in `folder`."""
     manifest = work / "edit.yaml"
-    edit = {"op": "set", "layer": 2, "row": 17, "col": 90, "value": 0.5}
+    edit = {"op": "set", "layer": layer, "row": 17, "col": 90, "value": 0.5}
     manifest.write_text(json.dumps({"version": 1, "base": {"path": str(folder)}, "edits": [edit]}))
     return manifest
 
@@ -94,25 +95,28 @@ def main() -> None:
     parser.add_argument("folder", type=Path, nargs="?")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--windows", type=int)
+    parser.add_argument("--layer", type=int, default=11, help="where the edited scalar is; layers before it are equal")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--cold", action="store_true", help="empty the page cache before each run (as root)")
     parser.add_argument("--work", type=Path, help="where the random checkpoint is written and kept")
     parser.add_argument("--write", action="store_true")
     options = parser.parse_args()
+    compile_package()
     small, windows = options.folder is not None, str(options.windows or (16 if options.folder else 4))
     with tempfile.TemporaryDirectory() as temporary:
         work = options.work or Path(temporary)
         work.mkdir(parents=True, exist_ok=True)
-        folder = options.folder or work / "13.5GB"
+        folder = options.folder or work / f"13.5GB-layer-{options.layer}"
         if not folder.exists():
-            write_big(folder)
+            write_big(folder, options.layer)
         ours = [*SWSURGERY, "check", str(folder), "--placement", "streamed"]
         if small:
-            ours = [*SWSURGERY, "apply", str(write_manifest(folder, work)), "-o", str(work / "ours")]
+            ours = [*SWSURGERY, "apply", str(write_manifest(folder, work, options.layer)), "-o", str(work / "ours")]
         ours += ["--windows", windows, "--device", options.device]
         dtype = "float32" if small else "auto"
         saved = str(work / "theirs") if small else ""
-        theirs = [sys.executable, "-c", SCRIPT, str(folder), str(PASSAGE), options.device, dtype, windows, saved]
+        theirs = [sys.executable, "-c", SCRIPT, str(folder), str(PASSAGE), options.device, dtype, windows]
+        theirs += [str(options.layer), saved]
         found: dict[str, list[dict[str, float]]] = {"swsurgery": [], "script": []}
         for number in range(options.rounds + 1):  # round 0 only warms up
             for name, command in (("script", theirs), ("swsurgery", ours)):
@@ -126,6 +130,7 @@ def main() -> None:
     what = folder.name if small else "13.5 GB, random weights, streamed"
     lines = [
         f"`{'apply' if small else 'check'}` of {what}; {windows} windows of 512 tokens; {options.device};",
+        f"the edited scalar is in layer {options.layer} (layers before it are the same in both models);",
         f"page cache {'emptied' if options.cold else 'filled'} before each run; {options.rounds} rounds in turn.",
         describe_machine(),
         "",

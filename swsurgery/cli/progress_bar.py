@@ -32,12 +32,12 @@ NEXT_LINE = 60.0
 class Bar:
     """A Reporter that prints notes and a progress bar on stderr, or nothing if `quiet` is set.
 
-    If stderr is not a terminal, such as the log of a CI job, lines take the place of the bar. A task of unknown length,
-    such as loading torch, is reported at once unless torch is loaded already. Any other task is reported FIRST_LINE
-    seconds after the command began at `began` (by default, now), but not before it has taken SHORT_TASK seconds. If a
-    line about another kind of task was printed before, it is reported when it has taken PHASE_LINE seconds. Further
-    lines follow every NEXT_LINE seconds. So short tasks print nothing, and many similar tasks, such as rounds, print
-    one line a minute.
+    If stderr is not a terminal, such as the log of a CI job, lines take the place of the bar. A task whose label begins
+    with "loading", such as loading torch, is reported at once unless torch is loaded already. Any other task is
+    reported FIRST_LINE seconds after the command began at `began` (by default, now), but not before it has taken
+    SHORT_TASK seconds. If a line about another kind of task was printed before, it is reported when it has taken
+    PHASE_LINE seconds. Further lines follow every NEXT_LINE seconds. So short tasks print nothing, and many similar
+    tasks, such as rounds, print one line a minute.
     """
 
     def __init__(self, quiet: bool = False, began: float | None = None):
@@ -80,7 +80,7 @@ class Bar:
         """Return the number of seconds after which a task that starts now is reported for the first time."""
         if _find_kind(label) in self._kinds and self._printed is not None:
             return max(PHASE_LINE, self._printed + NEXT_LINE - time.monotonic())
-        if total == 0:  # torch will be loaded, which takes seconds unless the process has loaded it before
+        if label.startswith("loading"):  # loading torch takes seconds, unless the process has loaded it before
             return PHASE_LINE if "torch" in sys.modules else 0.0
         if self._printed is not None:
             return PHASE_LINE

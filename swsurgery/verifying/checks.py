@@ -65,7 +65,7 @@ def run_checks(
         rules = (*proof.rules, *completeness.rules)
         proof = replace(proof, findings=completeness.merge(proof.findings), rules=rules)
     if question.signature is not None:
-        proof = _check_signature(proof, references)
+        proof = _check_signature(proof, references, progress)
     return proof.refuse_undecided() if question.strict else proof
 
 
@@ -178,7 +178,7 @@ def _check_protected(proof: Proof, references: References, checkpoint: Checkpoin
     return replace(proof.add(guard.list_findings(), ("protected-lost", "protected-unreadable")), guard=guard)
 
 
-def _check_signature(proof: Proof, references: References) -> Proof:
+def _check_signature(proof: Proof, references: References, progress: Progress) -> Proof:
     """Check the signature of a local checkpoint. Raises SwsurgeryError for a checkpoint on the Hub."""
     from swsurgery.verifying.signature import verify_signature
 
@@ -188,4 +188,4 @@ def _check_signature(proof: Proof, references: References) -> Proof:
         raise SwsurgeryError("a signature can only be checked on a local copy", root, "download it with hf download")
     if isinstance(root, SingleFile):
         raise SwsurgeryError("a signature covers all files of a directory", root, f"give {root.path}")
-    return proof.add(verify_signature(root, question.signature, question.public_key), ("signature",))
+    return proof.add(verify_signature(root, question.signature, question.public_key, progress), ("signature",))

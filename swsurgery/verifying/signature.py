@@ -22,7 +22,7 @@ from swsurgery.checkpoint.opening import held, open_checkpoint
 from swsurgery.checkpoint.weight_files import MAX_LISTED
 from swsurgery.errors import AmbiguousWeights, CheckpointError, SwsurgeryError, TargetError
 from swsurgery.hub import parse_directory
-from swsurgery.progress import Reporter, require_reporter
+from swsurgery.progress import Progress, Reporter, Silent, require_reporter
 from swsurgery.storage import filesystem
 from swsurgery.storage.arguments import require_location, require_path, require_type
 from swsurgery.storage.files import LocalFile, read_exactly
@@ -67,12 +67,16 @@ def sign(
     and `replace` is True; SwsurgeryError if the key
     cannot be used.
     """
-    require_reporter(reporter)
+    reporter = require_reporter(reporter)
     given = parse_directory(require_location("checkpoint", checkpoint))
     key = require_path("key", key)
     require_type("replace", replace, bool)
     target = None if signature is None else require_path("signature", signature)
-    return Signed(given, _sign(given, key, target, replace))
+    reporter.start(0, "", "hashing and signing")
+    try:
+        return Signed(given, _sign(given, key, target, replace))
+    finally:
+        reporter.close()
 
 
 def _sign(root: Path, key: Path, signature: Path | None, replace: bool) -> Path:
@@ -121,16 +125,23 @@ def _refuse_replacing(signature: Path, replace: bool) -> None:
         raise TargetError("this file is not a signature", signature, "choose another --signature") from None
 
 
-def verify_signature(root: Path | Folder, signature: Path, public_key: Path) -> list[Finding]:
-    """Verify the signature of the checkpoint in `root` with `public_key` (PEM).
+def verify_signature(
+    root: Path | Folder, signature: Path, public_key: Path, progress: Progress | None = None
+) -> list[Finding]:
+    """Verify the signature of the checkpoint in `root` with `public_key` (PEM). `progress` may be None.
 
     Returns a finding for each file that was changed, added or removed after signing, and for each file that the
     signature does not cover. Raises CheckpointError if the checkpoint or the signature cannot be read, and
     SwsurgeryError if the key cannot be used.
     """
+    progress = progress or Silent()
     with held(root):
         path = root.path if isinstance(root, Folder) else Path(os.path.realpath(root))
-        return _verify(path, Path(os.path.abspath(signature)), public_key)
+        progress.start(0, "", "verifying the signature")
+        try:
+            return _verify(path, Path(os.path.abspath(signature)), public_key)
+        finally:
+            progress.close()
 
 
 def _verify(root: Path, signature: Path, public_key: Path) -> list[Finding]:

@@ -24,6 +24,7 @@ import swsurgery
 from swsurgery.checkpoint.opening import open_checkpoint
 from swsurgery.cli import main
 from swsurgery.errors import CheckpointError, SwsurgeryError, TargetError
+from swsurgery.progress import Silent
 from swsurgery.verifying import signature as signature_module
 
 ROOT = Path(__file__).parents[2]
@@ -380,7 +381,7 @@ def test_a_signature_is_no_part_of_the_checkpoint(signed):
 
 def test_the_command_signs(tmp_path, capsys):
     root, key = write_llama(tmp_path / "checkpoint"), write_keys(tmp_path)
-    assert main(["sign", str(root), "--key", str(key), "--json"]) == 0
+    assert main(["sign", str(root), "--key", str(key), "--json", "--quiet"]) == 0
     printed = capsys.readouterr()
     assert json.loads(printed.out) == {
         "checkpoint": str(root),
@@ -388,8 +389,26 @@ def test_the_command_signs(tmp_path, capsys):
         "schema": "swsurgery/sign/1",
     }
     assert printed.err == "" and findings(root) == []
-    assert main(["sign", str(root), "--key", str(key)]) == 2
+    assert main(["sign", str(root), "--key", str(key), "--quiet"]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_signing_and_verifying_are_named_while_they_run(tmp_path):
+    class Named(Silent):
+        def __init__(self):
+            self.tasks: list[str] = []
+
+        def start(self, total: int, unit: str, label: str) -> None:
+            self.tasks.append(label)
+
+        def close(self) -> None:
+            self.tasks.append("end")
+
+    root, key = write_llama(tmp_path / "checkpoint"), write_keys(tmp_path)
+    signature_module.sign(root, key, reporter=(named := Named()))
+    swsurgery.verify(root, signature=root / SIGNATURE, public_key=tmp_path / "key.pub", reporter=named)
+    tasks = [task for task in named.tasks if "sign" in task]
+    assert tasks == ["hashing and signing", "verifying the signature"] and named.tasks[-1] == "end"
 
 
 def test_without_the_extra_the_remedy_is_one_line(tmp_path):
@@ -398,7 +417,7 @@ def test_without_the_extra_the_remedy_is_one_line(tmp_path):
         "import sys; sys.modules['model_signing'] = None\nfrom swsurgery.cli import main\nsys.exit(main(sys.argv[1:]))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, "sign", str(root), "--key", str(key)], capture_output=True, text=True
+        [sys.executable, "-c", code, "sign", str(root), "--key", str(key), "--quiet"], capture_output=True, text=True
     )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.endswith("(pip install 'swsurgery[sign]')\n") and len(done.stderr.splitlines()) == 1
