@@ -209,14 +209,14 @@ def get_width() -> int:
 
 
 def read_text(path: Path | None) -> str | None:
-    """Return the contents of a UTF-8 file, or None if `path` is None.
+    """Return the contents of a UTF-8 file, with its line breaks as they are, or None if `path` is None.
 
     Raises SwsurgeryError if the file cannot be read or is empty.
     """
     if path is None:
         return None
     try:
-        text = path.read_text("utf-8")
+        text = path.read_bytes().decode("utf-8")  # read_text would change CRLF, and so the digest
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
         raise SwsurgeryError(f"cannot read the text ({reason})", path) from None

@@ -14,7 +14,7 @@ from typing import Self
 from swsurgery.errors import ModelError, pluralise
 from swsurgery.model.protocol import Protocol
 
-HEADING = re.compile(r"^ = [^=\n](?:[^\n]*[^=\n])? = ?$", re.MULTILINE)
+HEADING = re.compile(r"^ = [^=\n](?:[^\n]*[^=\n])? = ?\r?$", re.MULTILINE)
 """Matches the title of an article in the files of WikiText, such as " = Robert Boulter = "."""
 
 

@@ -120,6 +120,7 @@ def test_a_text_is_split_at_titles() -> None:
         " = Two words = \n end \n",
     ]
     assert split_documents("no titles = here =\n") == ["no titles = here =\n"]
+    assert len(split_documents(text.replace("\n", "\r\n"))) == 2
     assert [count_words(text) for text in ("", "a", " a b\n\nc ", "a\u00a0b")] == [1, 1, 5, 2]
 
 

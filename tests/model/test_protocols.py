@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import sys
 import types
@@ -172,6 +173,17 @@ def test_every_command_names_its_protocol(pair: Pair, tmp_path: Path, capsys: py
         assert main([*words, *options, "--score-first", "no"]) == 0
         printed = capsys.readouterr().out
         assert "default: stride 5, with BOS, first token not scored; text sha256 " in printed, words
+
+
+def test_the_digest_of_a_text_is_that_of_its_file(
+    pair: Pair, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Line breaks such as CRLF are part of the text."""
+    (tmp_path / "text.txt").write_bytes(data := TEXT.replace("\n", "\r\n").encode() + b"\r")
+    words = ["check", str(pair.patched), "--text", str(tmp_path / "text.txt"), "--windows", "9", "--window", "8"]
+    assert main([*words, "--device", "cpu", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["text"]["sha256"] == hashlib.sha256(data).hexdigest()
 
 
 def test_a_contradiction_is_one_line(pair: Pair, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
