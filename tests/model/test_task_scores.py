@@ -155,6 +155,17 @@ REPORT = TaskReport(
 )
 
 
+def test_a_metric_that_overflows_in_a_sample_has_no_interval() -> None:
+    """The perplexity of a broken model may be finite for all items, and too large for a sample of them."""
+    base, other = [(-1.0, 1), (-2.0, 1)], [(-1000.0, 1), (-2.0, 1)]
+
+    def aggregate(items: list[Any]) -> float:
+        return math.exp(-sum(loss for loss, _ in items) / len(items))
+
+    assert math.isfinite(aggregate(other))
+    assert compute_difference_interval(base, other, aggregate(other) - aggregate(base), aggregate) is None
+
+
 def test_a_report_is_strict_json_rows_and_text(capsys: pytest.CaptureFixture[str]) -> None:
     document = json.loads(json.dumps(REPORT.to_json(), allow_nan=False))
     assert [row["value"] for row in REPORT.to_rows()] == [0.5, None, 0.5, 1.0]

@@ -230,6 +230,10 @@ GENERATING = {
         ("writes", "the task generates text: writes"),
         ("broken", "the task cannot be loaded: 'no_such_field' is undefined: broken [(]correct"),
         ("absent", "the task cannot be loaded: .*: absent"),
+        ("unreadable", "lm-eval finds no task unreadable in a file of that name: .*unreadable.yaml"),
+        ("no_metrics", "lm-eval reports no metric of the task: no_metrics [(]correct"),
+        ("other_metrics", "lm-eval reports no metric of the task: other_metrics [(]correct"),
+        ("empty_group", "the group contains no task: empty_group [(]name a task"),
         ("no_end", "an answer of a task has 0 tokens, but the model accepts 1 to 64: ''"),
     ],
 )
@@ -241,9 +245,32 @@ def test_a_task_that_cannot_be_run_is_one_line_that_names_it(plain: Pair, tmp_pa
     task_files.write_cloze(own, 4, "absent")
     (own / "absent.jsonl").unlink()
     task_files.write_last_word(own, "", "no_end")
+    (own / "unreadable.yaml").write_text("task: [unreadable")
+    task_files.write_cloze(own, 4, "no_metrics", metric_list=[])
+    metric = {"metric": "none", "aggregation": "mean", "higher_is_better": True}
+    task_files.write_cloze(own, 4, "other_metrics", metric_list=[metric])
+    (own / "empty_group.yaml").write_text("group: empty_group\ntask: []\n")
     with pytest.raises(SwsurgeryError, match=f"^{said}") as caught:
         swsurgery.check(plain.patched, tasks=[name], tasks_dir=own, **SHORT)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("field", ["doc_to_text", "process_results"])
+def test_a_task_that_calls_exit_is_an_error(plain: Pair, tmp_path: Path, field: str) -> None:
+    """The exit code 0 would say that the check passed."""
+    task_files.write_cloze(tmp_path, 4, **{field: "CODE"})
+    file = tmp_path / "cloze.yaml"
+    file.write_text(file.read_text().replace("CODE", "!function ends.end"))
+    (tmp_path / "ends.py").write_text("import sys\n\ndef end(*arguments):\n    sys.exit(0)\n")
+    with pytest.raises(SwsurgeryError, match=r"its code calls exit\(0\): cloze"):
+        swsurgery.check(plain.patched, tasks=["cloze"], tasks_dir=tmp_path, **SHORT)
+
+
+def test_a_folder_that_lm_eval_cannot_list_is_one_line(plain: Pair, tmp_path: Path) -> None:
+    task_files.write_cloze(tmp_path, 4)
+    (tmp_path / "number.yaml").write_text("task: 5\n")
+    with pytest.raises(SwsurgeryError, match=r"^lm-eval cannot list the tasks of a directory: "):
+        swsurgery.check(plain.patched, tasks=["cloze"], tasks_dir=tmp_path, **SHORT)
 
 
 def test_one_task_under_two_names_is_refused(plain: Pair, tmp_path: Path) -> None:

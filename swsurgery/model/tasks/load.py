@@ -30,6 +30,10 @@ SCORED = ("loglikelihood", "loglikelihood_rolling", "multiple_choice")
 """The output types of tasks that score given texts. Other tasks generate text."""
 
 
+TASK_ERRORS = (Exception, SystemExit)
+"""What the code of a task may raise. A function that calls sys.exit must not end the command as if it had passed."""
+
+
 @dataclass(frozen=True)
 class LoadedTasks:
     """The tasks and groups as lm-eval loads them, and the requests of all tasks.
@@ -110,14 +114,20 @@ def _set_seeds() -> Iterator[None]:
 def _load_all(options: TaskOptions) -> dict[str, dict[str, Any]]:
     """Load each named task, group or tag. Raises SwsurgeryError if two of them contain the same task."""
     found: dict[str, dict[str, Any]] = {"tasks": {}, "groups": {}, "group_map": {}}
-    finder = _TaskFinder(options.directory)
+    try:
+        finder = _TaskFinder(options.directory)
+    except Exception as error:
+        what = f"lm-eval cannot list the tasks of a directory: {describe_error(error)}"
+        raise SwsurgeryError(what, options.directory or "", "correct its files") from error
     for name in options.names:
         try:
             part = finder.load(name)
         except SwsurgeryError:
             raise
-        except Exception as error:
+        except TASK_ERRORS as error:
             raise _make_error(name, error) from error
+        if not part["tasks"]:
+            raise SwsurgeryError("the group contains no task", name, "name a task")
         if shared := sorted(part["tasks"].keys() & found["tasks"].keys()):
             raise SwsurgeryError(f"{name} contains a task that was named before", shared[0], "name it once")
         for key, values in found.items():
@@ -153,19 +163,24 @@ class _TaskFinder:
         return dict(self._all.load([name]))
 
     def _make_unknown_error(self, name: str) -> SwsurgeryError:
+        if self._directory and (file := self._directory / f"{name}.yaml").is_file():
+            what = f"lm-eval finds no task {name} in a file of that name"
+            return SwsurgeryError(what, file, "correct its YAML, and its field task")
         near = difflib.get_close_matches(name, self._all.all_tasks, 1)
         where = f" or in {self._directory}" if self._directory else ""
         remedy = f"did you mean {near[0]}?" if near else "give the directory of its file with --tasks-dir"
         return SwsurgeryError(f"no such task in lm-eval{where}", name, remedy)
 
 
-def describe_error(error: Exception) -> str:
+def describe_error(error: BaseException) -> str:
     """Return the first line of the message of `error`; the name of its type if the message is empty."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if isinstance(error, SystemExit):
+        return f"its code calls exit({error.code})"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip() not in ("", "None")]
     return lines[0][:160] if lines else type(error).__name__
 
 
-def _make_error(name: str, error: Exception) -> SwsurgeryError:
+def _make_error(name: str, error: BaseException) -> SwsurgeryError:
     what = f"the task cannot be loaded: {describe_error(error)}"
     if isinstance(error, OSError):  # also the errors of datasets without a network
         remedy = "its data must be in the cache of datasets, or the network must be reachable"
@@ -190,7 +205,7 @@ def _build_requests(name: str, task: Any, limit: int | None) -> None:
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=EXAMPLE_SEED)
         task.build_all_requests(limit=limit, rank=0, world_size=1)
-    except Exception as error:
+    except TASK_ERRORS as error:
         raise SwsurgeryError(
             f"the requests of the task cannot be made: {describe_error(error)}", name, "correct the task's file"
         ) from error

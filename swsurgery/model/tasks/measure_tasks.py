@@ -14,7 +14,7 @@ from swsurgery.model.cutting import UNKNOWN_CONTEXT
 from swsurgery.model.forward import LayeredModel
 from swsurgery.model.tasks.answering import AnsweringModel, TextEncoder
 from swsurgery.model.tasks.continuations import Run, score_continuations
-from swsurgery.model.tasks.load import LoadedTasks, describe_error, hide_libraries
+from swsurgery.model.tasks.load import TASK_ERRORS, LoadedTasks, describe_error, hide_libraries
 from swsurgery.model.tasks.paired import compare_items, compute_difference_interval
 from swsurgery.model.tasks.report import TaskMetric, TaskReport, TaskScore
 
@@ -42,6 +42,7 @@ def measure_tasks(
     scored = score_continuations(list(lm.wanted), run)
     lm.answers = scored.answers
     results = [_compute_scores(loaded, lm, number) for number in range(len(names))]
+    _refuse_without_metrics(loaded, results[0])
     return TaskReport(
         metrics=tuple(_list_metrics(loaded, results, names)),
         requests=len(loaded.instances),
@@ -70,11 +71,18 @@ def _compute_scores(loaded: LoadedTasks, lm: AnsweringModel, number: int) -> dic
             results: dict[str, Any] = evaluate(lm, tasks, limit=loaded.options.limit, log_samples=True)
     except SwsurgeryError:
         raise
-    except Exception as error:
+    except TASK_ERRORS as error:
         raise SwsurgeryError(
             f"lm-eval cannot compute the scores: {describe_error(error)}", ", ".join(loaded.options.names)
         ) from error
     return results
+
+
+def _refuse_without_metrics(loaded: LoadedTasks, result: dict[str, Any]) -> None:
+    """Raise SwsurgeryError if lm-eval reports no metric of a task: nothing would be compared, and nothing printed."""
+    for task in loaded.tasks:
+        if not any("," in key for key in result["results"].get(task, {})):
+            raise SwsurgeryError("lm-eval reports no metric of the task", task, "correct metric_list in its file")
 
 
 def _list_metrics(loaded: LoadedTasks, results: Sequence[dict[str, Any]], names: Sequence[str]) -> list[TaskMetric]:

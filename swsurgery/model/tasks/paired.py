@@ -91,7 +91,10 @@ def compute_difference_interval(
         return _resample_mean(changes)
     if aggregate is None or len(pairs) > MAX_RESAMPLED_ITEMS:
         return None
-    return _resample_metric(base, other, aggregate)
+    try:
+        return _resample_metric(base, other, aggregate)
+    except Exception:  # noqa: BLE001 (code of lm-eval or of the task: for example, a perplexity may overflow)
+        return None
 
 
 def _resample_mean(changes: Sequence[float]) -> tuple[float, float]:
