@@ -87,7 +87,11 @@ def _print_passport(passport: Passport) -> None:
         )
     if known := passport.published:
         where = known.place if known.layer is None else f"layer {known.layer}, {known.place}"
-        print_text(f"published {format_cell(known.value)} for {known.model} ({where}; {known.source})")
+        text = known.measured_on or "a text that is not stated"
+        print_text(
+            f"published {format_cell(known.value)} for {known.model} ({where}; {known.source}), measured on {text}, "
+            "not on the prompts of this scan"
+        )
 
 
 def _print_activations(activations: Sequence[PersistentActivation]) -> None:

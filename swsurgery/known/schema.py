@@ -80,6 +80,8 @@ class Citation(StrictValue):
 
     `commit` is a commit of the repository in `cite`. A source of the kind `secondary` repeats another source. `scan` is
     a measurement by this project, and `own scan` a measurement by the user; `cite` is then the command to repeat it.
+    `measured_on` describes the text of its measurements and how it was cut, such as "the test set of WikiText-2, 32
+    windows of 2,048 tokens"; None if the source does not state it.
     """
 
     key: str
@@ -98,6 +100,7 @@ class Citation(StrictValue):
     ]
     cite: str
     commit: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")] | None = None
+    measured_on: str | None = None
     note: str | None = None
 
     def __str__(self) -> str:
@@ -108,19 +111,21 @@ class Conditions(StrictValue):
     """The conditions of a scan's measurement.
 
     The text with the sha256 `text_sha256` was run as `windows` windows of at most `window_tokens` tokens each, in
-    `dtype` on `device`. `scored_tokens` is the number of scored predictions; version 0.1.0 did not store it.
+    `dtype` on `device`. `scored_tokens` is the number of scored predictions, and `protocol` describes how the text was
+    cut and scored, such as "default: without overlap, without BOS". Version 0.1.0 stored neither of the two.
     """
 
     text_sha256: str
     windows: Count
     window_tokens: Count
     scored_tokens: Count | None = None
+    protocol: str | None = None
     dtype: str
     device: str
 
 
 class KnownEffect(StrictValue):
-    """One measurement of `metric`: its values before and after the edit that `protocol` describes.
+    """One measurement of `metric`: its values before and after the edit that `protocol` describes, such as "zero".
 
     `dose` contains pairs (scale factor, metric) and `dose_ratio` pairs (scale factor, ratio to `before`). `ci95` is the
     95% confidence interval of `ratio`. Only scans set `conditions` and `kl`, the mean KL(before || after) in nats per
@@ -150,8 +155,20 @@ class KnownEffect(StrictValue):
             object.__setattr__(self, "ci95", None)
         return self
 
+    def describe_text(self) -> str | None:
+        """Describe the measured text and how it was cut and scored; None if the source does not state it."""
+        found = self.conditions
+        if found is None:
+            return self.source.measured_on
+        protocol = f"{found.protocol}, " if found.protocol else ""
+        return (
+            f"{protocol}{found.windows} windows of {found.window_tokens} tokens, text sha256 {found.text_sha256[:12]}"
+        )
+
     def to_json(self) -> dict[str, Any]:
         fields = self.model_dump(exclude_defaults=True, exclude={"source"}) | {"source": str(self.source)}
+        if self.source.measured_on:
+            fields["measured_on"] = self.source.measured_on
         return {name: str(f) if isinstance(f, float) and math.isinf(f) else f for name, f in fields.items()}
 
 
@@ -309,7 +326,7 @@ class MaxActivation(StrictValue):
         return abs(self.value) <= LARGEST_FLOAT16
 
     def to_json(self) -> dict[str, Any]:
-        fields = self.model_dump(exclude={"source"})
+        fields = self.model_dump(exclude={"source"}) | {"measured_on": self.source.measured_on}
         return fields | {"fits_float16": self.fits_float16, "source": str(self.source)}
 
 

@@ -132,7 +132,8 @@ def _add_sources(out: _Page, sources: Iterable[Citation]) -> None:
     out.line("sources")
     for number, source in enumerate(sources, 1):
         kind = "second-hand" if source.kind == "secondary" else source.kind
-        text = f"[{number}] {_cite(source)} ({kind}{'; ' + source.note if source.note else ''})"
+        measured = f"measured on {source.measured_on}" if source.measured_on else ""
+        text = f"[{number}] {_cite(source)} ({'; '.join(filter(None, (kind, measured, source.note)))})"
         out.line(text, indent=2, hanging=4)
 
 
@@ -307,7 +308,7 @@ def _describe_effect(effect: KnownEffect, notes: _Footnotes) -> str:
 
 def _list_warnings(model: KnownModel, shown: Sequence[KnownCoordinate]) -> list[str]:
     overflow = explain_overflow(model)
-    warnings = [*model.disputes, *([overflow] if overflow else [])]
+    warnings = [*model.disputes, *([overflow] if overflow else []), *_list_other_texts(shown)]
     alone = [c.id for c in shown if c.independent.location == 1 and c.status != "measured"]
     if alone:
         warnings.append(f"reported by one group only: {', '.join(alone)}")
@@ -318,6 +319,24 @@ def _list_warnings(model: KnownModel, shown: Sequence[KnownCoordinate]) -> list[
     if rows:
         warnings.append(f"only the row is published, so a manifest cannot name the scalar: {', '.join(rows)}")
     return warnings
+
+
+def _list_other_texts(shown: Sequence[KnownCoordinate]) -> list[str]:
+    """Return a warning for each coordinate whose perplexities were measured on texts, or in windows, that differ."""
+    warnings = []
+    for coordinate in shown:
+        effects = [e for at, e in enumerate(coordinate.effects) if at == 0 or e.conditions]
+        texts = list(dict.fromkeys(e.describe_text() or "not stated" for e in effects if is_perplexity(e)))
+        if len(texts) > 1:
+            said = "; ".join(f"({number}) {text}" for number, text in enumerate(texts, start=1))
+            what = f"the perplexities of {coordinate.id} were measured by different protocols"
+            warnings.append(f"{what}, so they cannot be compared: {said}")
+    return warnings
+
+
+def is_perplexity(effect: KnownEffect) -> bool:
+    """Return True if a measurement is a perplexity."""
+    return effect.metric == "ppl" or effect.metric.endswith("_ppl")
 
 
 def _describe_protocol(effect: KnownEffect) -> str:

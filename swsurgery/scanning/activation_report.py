@@ -174,7 +174,8 @@ class LargestActivation:
 class PublishedActivation:
     """The largest activation that a publication states for the scanned model (docs/known.md).
 
-    `place` is where it was measured, such as "hidden state", and `source` the publication.
+    `place` is where it was measured, such as "hidden state", and `source` the publication. `measured_on` describes the
+    text on which it was measured; None if the publication does not state it.
     """
 
     model: str
@@ -182,6 +183,7 @@ class PublishedActivation:
     layer: int | None
     place: str
     source: str
+    measured_on: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {key: convert_to_plain(value) for key, value in vars(self).items()}

@@ -69,7 +69,10 @@ def _find_published(checkpoint: Checkpoint) -> PublishedActivation | None:
     found = known.max_activation if known else None
     if known is None or found is None:
         return None
-    return PublishedActivation(known.hf_id, found.value, found.layer, found.place, str(found.source))
+    source = found.source
+    return PublishedActivation(
+        known.hf_id, found.value, found.layer, found.place, str(source), measured_on=source.measured_on
+    )
 
 
 def _scan_weights(checkpoint: Checkpoint, reporter: Reporter) -> Scan:

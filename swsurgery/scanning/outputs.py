@@ -274,6 +274,7 @@ def _make_effect(
             windows=confirmation.windows,
             window_tokens=confirmation.window_tokens,
             scored_tokens=confirmation.scored_tokens,
+            protocol=confirmation.protocol.describe(),
             dtype=confirmation.dtype,
             device=confirmation.device,
         ),
@@ -285,6 +286,7 @@ def _make_source(report: Scan, revision: str | None, command: str) -> schema.Cit
     remarks = [f"revision {revision}"] if revision else []
     if c := report.confirmation:
         remarks.append(f"{describe_measured_text(c)} of the text with sha256 {c.text_sha256}")
+        remarks.append(f"protocol {c.protocol.describe()}")
         remarks.append(f"{c.dtype} on {c.device}")
         if c.null:
             low, high = min(c.null), max(c.null)

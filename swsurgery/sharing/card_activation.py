@@ -21,7 +21,7 @@ _HEADER = ("model", "value", "layer", "token", "channel")
 def render_largest(record: Record) -> list[str]:
     """Render the section about the largest activation; nothing if none was measured or published."""
     rows = [row for side in ("base", "patched") if (row := _make_row(side, record.check))]
-    published = _describe_published(record)
+    published = _describe_published(record, bool(rows))
     if not rows and not published:
         return []
     measured = ["The largest hidden state after any layer, on the text of the check:", render_table(_HEADER, rows)]
@@ -41,11 +41,16 @@ def _make_row(side: str, check: Mapping[str, Any]) -> list[str] | None:
     return [side, written, *(render_code(peak.get(key)) for key in _HEADER[2:])]
 
 
-def _describe_published(record: Record) -> list[str]:
-    """Describe the published largest activation of the base's repository, if the shipped table has one."""
+def _describe_published(record: Record, measured: bool) -> list[str]:
+    """Describe the published largest activation of the base's repository, if the shipped table has one.
+
+    `measured` is True if the largest activation on the text of the check stands beside it.
+    """
     name = record.base.repo_id
     model = find_shipped_by_repo(name) if isinstance(name, str) else None
     if model is None or model.max_activation is None:
         return []
     said, source = describe_max_activation(model.max_activation), model.max_activation.source
-    return [f"Published for {render_code(model.hf_id)}: {escape(said)}, by {escape(source)}."]
+    text = f"measured on {escape(source.measured_on or 'a text that is not stated')}"
+    other = ", not on the text of the check" if measured else ""
+    return [f"Published for {render_code(model.hf_id)}: {escape(said)}, by {escape(source)}, {text}{other}."]

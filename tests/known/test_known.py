@@ -478,3 +478,34 @@ def test_manifest_faults():
         table.render_manifest(own.find_model("falcon-7b"), "zero")
     with pytest.raises(LookupFailed, match="none is of this status"):
         table.render_manifest(llama, "zero", status="code-only")
+
+
+def test_published_figures_say_on_which_text_they_were_measured():
+    model = own.find_model("llama-7b")
+    text = " ".join(table.render_table(model).split())
+    paper = "the raw test set of WikiText-2 (all windows of 2,048 tokens), C4 and seven tasks"
+    assert f"Table 1 (paper; measured on {paper})" in text
+    assert "cannot be compared" not in text, "one figure of each scalar is shown"
+    effects = [effect.to_json() for effect in model.coordinates[0].effects]
+    assert effects[0]["measured_on"] == paper and "measured_on" not in effects[-1]
+    assert own.find_model("gemma-2b").max_activation.to_json()["measured_on"] == "5,000 samples of text"
+
+
+def test_an_own_scan_beside_a_published_perplexity_of_another_protocol_is_a_warning():
+    model = own.find_model("llama-7b")
+    first = model.coordinates[0]
+    conditions = schema.Conditions(
+        text_sha256="ab" * 32, windows=16, window_tokens=512, scored_tokens=8176, dtype="float32", device="cpu",
+        protocol="default: without overlap, with BOS",
+    )  # fmt: skip
+    source = schema.Citation(key="scan", kind="own scan", cite="measured")
+    own_effect = schema.KnownEffect(protocol="zero", metric="ppl", ratio=4.0, conditions=conditions, source=source)
+    both = first.model_copy(update={"effects": (*first.effects, own_effect)})
+    text = " ".join(table.render_table(model.model_copy(update={"coordinates": (both,)})).split())
+    assert (
+        "WARNING: the perplexities of L2.3968.7003 were measured by different protocols, so they cannot be compared: "
+        "(1) the raw test set of WikiText-2 (all windows of 2,048 tokens), C4 and seven tasks; (2) default: without "
+        "overlap, with BOS, 16 windows of 512 tokens, text sha256 abababababab" in text
+    )
+    alone = first.model_copy(update={"effects": (own_effect, own_effect)})
+    assert "cannot be compared" not in table.render_table(model.model_copy(update={"coordinates": (alone,)}))

@@ -105,7 +105,7 @@ def test_the_entry_says_what_was_measured(checkpoint, report):
     assert (alone.before, alone.after) == (29.6, 162.8)
     assert alone.conditions.model_dump() == {
         "text_sha256": DIGEST, "windows": 16, "window_tokens": 512, "scored_tokens": 8176, "dtype": "float32",
-        "device": "cpu",
+        "device": "cpu", "protocol": report.confirmation.protocol.describe(),
     }  # fmt: skip
     assert without.ratio == 1.5 and without.protocol != "zero"
     assert "26.46" in first.note and "-342.2" in first.note and "98%" in first.note
@@ -133,7 +133,15 @@ def test_the_source_repeats_the_scan(checkpoint, report):
     [source] = model.sources
     assert source.kind == "own scan" and model.own
     assert f"`{COMMAND}`" in str(source) and str(source).endswith(f"swsurgery {__version__}")
-    for fact in (REVISION, "16 windows of 512 tokens (8,176 scored)", DIGEST, "float32 on cpu", "x0.999 to x1.001"):
+    protocol = report.confirmation.protocol.describe()
+    for fact in (
+        REVISION,
+        "16 windows of 512 tokens (8,176 scored)",
+        DIGEST,
+        protocol,
+        "float32 on cpu",
+        "x0.999 to x1.001",
+    ):
         assert fact in source.note
     other = make_known_entry(report, checkpoint, hf_id="org/tiny", command=COMMAND)
     assert other.sources[0].key != source.key, "another scan is another source"

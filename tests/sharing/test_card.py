@@ -136,7 +136,9 @@ def test_the_largest_activation_stands_in_the_card_beside_the_published_one():
             ["base", "-2622.5", "1", "0", "2533"],
             ["patched", "not finite", "30", "0", "2533"],
         ]
-        assert "Published for `google/gemma-2b`: -2,992 in layer 11 (hidden state)" in body.replace("\\", "")
+        plain = body.replace("\\", "")
+        assert "Published for `google/gemma-2b`: -2,992 in layer 11 (hidden state)" in plain
+        assert "measured on 5,000 samples of text, not on the text of the check." in plain
 
 
 def test_the_card_has_no_largest_activation_that_was_neither_measured_nor_published():
@@ -144,6 +146,7 @@ def test_the_card_has_no_largest_activation_that_was_neither_measured_nor_publis
     known = record(base=BaseRecord(repo_id="google/gemma-2b", revision=COMMIT, named_by="cache"))
     section = split(rendered(known))[1].split("## Largest activation")[1].split("\n## ")[0]
     assert section.strip().startswith("Published for") and "|" not in section
+    assert section.strip().replace("\\", "").endswith("measured on 5,000 samples of text.")
 
 
 def test_how_to_verify_and_to_revert_and_the_manifest_stand_in_blocks():

@@ -11,6 +11,7 @@ class SourceItem(DocumentPart):
     kind: str
     cite: str
     commit: str | None
+    measured_on: str | None
     note: str | None
 
 
@@ -21,6 +22,7 @@ class ConditionsItem(DocumentPart):
     windows: int
     window_tokens: int
     scored_tokens: int = ABSENT
+    protocol: str = ABSENT
     dtype: str
     device: str
 
@@ -36,6 +38,7 @@ class MeasuredEffect(DocumentPart):
     ci95: tuple[float, float] = ABSENT
     kl: float = ABSENT
     conditions: ConditionsItem = ABSENT
+    measured_on: str = ABSENT
     dose: list[tuple[float, float]] = ABSENT
     dose_ratio: list[tuple[float, float]] = ABSENT
     note: str = ABSENT
@@ -104,6 +107,7 @@ class KnownActivationItem(DocumentPart):
     layer: int | None
     place: str
     from_layer: int | None
+    measured_on: str | None
     fits_float16: bool
     source: str
 

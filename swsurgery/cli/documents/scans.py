@@ -144,6 +144,7 @@ class PublishedMaximumItem(DocumentPart):
     layer: int | None
     place: str
     source: str
+    measured_on: str | None
 
 
 class PassportItem(DocumentPart):

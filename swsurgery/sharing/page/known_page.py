@@ -150,14 +150,25 @@ def _show_effects(model: Document, coordinates: Sequence[Document]) -> Markup:
             *(show_number(effect.get(key)) for key in ("before", "after")),
             show_ratio(effect.get("ratio")),
             show_interval(*(read_list(effect, "ci95") or [None, None])[:2]),
+            _describe_text(effect) or None,
             read_text(effect, "note") or None,
             _describe(effect.get("source")),
         ]
         for name, effect in named
         if not _list_curves(effect)
     ]
-    header = ("of", "protocol", "metric", "before", "after", "ratio", "95% interval", "note", "source")
+    header = ("of", "edit", "metric", "before", "after", "ratio", "95% interval", "measured on", "note", "source")
     return make_table(header, rows, numeric=(3, 4, 5))
+
+
+def _describe_text(effect: Document) -> str:
+    """Describe the text of a measurement and how it was cut; an empty string if the source does not state it."""
+    found = read_map(effect, "conditions")
+    if not found:
+        return read_text(effect, "measured_on")
+    windows = f"{read_integer(found, 'windows')} windows of {read_integer(found, 'window_tokens')} tokens"
+    digest = read_text(found, "text_sha256")[:12]
+    return ", ".join(part for part in (read_text(found, "protocol"), windows, f"text sha256 {digest}") if part)
 
 
 def _show_doses(model: Document, coordinates: Sequence[Document]) -> Markup:

@@ -152,6 +152,7 @@ def _show_passport(document: Document) -> Markup:
     )
     known = read_map(passport, "published")
     words = [show_number(known.get("value")), *(read_text(known, key) for key in ("model", "place", "source"))]
+    words.append(f"measured on {read_text(known, 'measured_on') or 'a text that is not stated'}, not on these prompts")
     facts = make_facts([("published", ", ".join(str(word) for word in words if word))] if known else [])
     return join([make_table(header, rows, numeric=(0, *range(2, len(header)))), facts])
 
