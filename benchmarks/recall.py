@@ -51,6 +51,7 @@ PERSISTENT: dict[str, dict[str, Any]] = {
     "mixtral": WIDE | {"num_experts_per_tok": 2},
 }
 RECURRING = ("qwen3_5_text", "qwen3_next", "jamba", "bamba", "lfm2", "nemotron_h", "falcon_h1", "kimi_linear")
+FAMILIES = (*PERSISTENT, *RECURRING, *hybrids.SHARED)
 DEPTHS, SIZES, SEEDS = (6, 12, 24), (30, 100, 300, 1000), 20
 SPREADS = (0.02, 0.3, 1.0)
 TRIES = 10
@@ -66,17 +67,15 @@ def measure(family: str, depth: int, seed: int) -> dict[Case, Count]:
     counts = {}
     with tempfile.TemporaryDirectory() as folder, load.hide_output(), torch.no_grad():
         counts[Case(family, depth, None, seed)] = _measure_random(family, depth, seed, Path(folder))
-        if family in RECURRING:
-            found = _measure_recurring(family, depth, seed, Path(folder))
-        else:
-            found = _measure_persistent(family, depth, seed, Path(folder))
+        measures = {**dict.fromkeys(RECURRING, _measure_recurring), **dict.fromkeys(hybrids.SHARED, _measure_shared)}
+        found = measures.get(family, _measure_persistent)(family, depth, seed, Path(folder))
         counts |= {Case(family, depth, size, seed): count for size, count in found}
     return counts
 
 
 def build(family: str, depth: int, seed: int) -> transformers.PreTrainedModel:
     """Build a random model with about `depth` layers. Hybrids have at least two layers with full attention."""
-    if family in RECURRING:
+    if family in (*RECURRING, *hybrids.SHARED):
         return hybrids.build(family, seed, hybrids.count_periods(family, depth))
     return planted.build(family, seed, depth, **PERSISTENT[family])
 
@@ -86,7 +85,7 @@ def _measure_random(family: str, depth: int, seed: int, folder: Path) -> Count:
     for parameter in model.parameters():
         if parameter.dim() > 1:
             parameter.mul_(SPREADS[seed % len(SPREADS)] / 0.3)
-    sequences = hybrids.SEQUENCES if family in RECURRING else planted.SEQUENCES
+    sequences = planted.SEQUENCES if family in PERSISTENT else hybrids.SEQUENCES
     return compare(scan_sequences(planted.opened(model, folder), sequences), set(), set())
 
 
@@ -125,6 +124,17 @@ def _measure_recurring(family: str, depth: int, seed: int, folder: Path) -> Iter
         made = hybrids.plant_recurring(model, family, size)
         report = scan_sequences(planted.opened(model, folder), hybrids.SEQUENCES)
         yield size, compare(report, {tuple(place) for place in made.creators}, {tuple(p) for p in made.removers})
+
+
+def _measure_shared(family: str, depth: int, seed: int, folder: Path) -> Iterator[tuple[int, Count]]:
+    """Plant one scalar in an MLP that several layers share, and scan the model with each size of its output."""
+    model = build(family, depth, seed)
+    stored = {name: value.clone() for name, value in model.state_dict().items()}
+    for size in SIZES:
+        model.load_state_dict(stored)
+        place, _ = hybrids.plant_shared(model, size)
+        report = scan_sequences(planted.opened(model, folder), hybrids.SEQUENCES)
+        yield size, compare(report, {tuple(place)}, set())
 
 
 def compare(report: Scan, creators: set[tuple[Any, ...]], removers: set[tuple[Any, ...]]) -> Count:
@@ -208,7 +218,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("folders", nargs="*", type=Path, help="trained models")
     parser.add_argument("--seeds", type=int, default=SEEDS, help="models of each family, depth and size")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes")
-    parser.add_argument("--families", nargs="*", default=[*PERSISTENT, *RECURRING], help="none: trained models only")
+    parser.add_argument(
+        "--families", nargs="*", default=[*PERSISTENT, *RECURRING, *hybrids.SHARED], help="none: trained models only"
+    )
     parser.add_argument("--quick", action="store_true", help="one seed, two families and six layers only")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the counts into this file")
     parser.add_argument("--read", nargs="+", type=Path, metavar="FILE", help="measure nothing, read these files")

@@ -117,7 +117,8 @@ def _print_activations(activations: Sequence[PersistentActivation]) -> None:
                 "removed by": [a.removed_by.describe() if a.removed_by else None for a in shown],
             }
         )
-    _print_recurring([a for a in activations if a.recurring])
+    _print_recurring([a for a in activations if a.recurring and a.stream == "residual"])
+    _print_shared([a for a in activations if a.stream == "shared MLP"])
 
 
 def _print_recurring(activations: Sequence[PersistentActivation]) -> None:
@@ -137,6 +138,26 @@ def _print_recurring(activations: Sequence[PersistentActivation]) -> None:
             "prompts": [a.prompts for a, _ in rows],
             "made by": [one.made_by.describe() if one.made_by else None for _, one in rows],
             "removed by": [one.removed_by.describe() if one.removed_by else None for _, one in rows],
+            "": ["side effect" if a.side else None for a, _ in rows],
+        }
+    )
+
+
+def _print_shared(activations: Sequence[PersistentActivation]) -> None:
+    """Print the activations in the outputs of MLPs that several layers share, one row for each of these layers."""
+    if not activations:
+        return
+    print_text("\nactivations of shared MLPs: massive outputs in most of the layers that use the MLP")
+    rows = [(a, one) for a in activations for one in a.appearances]
+    print_columns(
+        {
+            "channel": [a.channel for a, _ in rows],
+            "stored in layer": [a.layer for a, _ in rows],
+            "used in layer": [one.first for _, one in rows],
+            "value": [format_cell(one.value) for _, one in rows],
+            "token": [a.token for a, _ in rows],
+            "prompts": [a.prompts for a, _ in rows],
+            "made by": [one.made_by.describe() if one.made_by else None for _, one in rows],
             "": ["side effect" if a.side else None for a, _ in rows],
         }
     )

@@ -17,6 +17,9 @@ alone. "neuron" stands for one column of a down projection that makes several ch
 whose output is not explained by its stored weights. "layer" stands for a layer whose MLP was not observed, so that
 its part cannot be told from that of the attention."""
 
+Stream = Literal["residual", "shared MLP"]
+"""Where an activation is: in the residual stream, or in the output of an MLP that several layers share (Zamba)."""
+
 
 @dataclass(frozen=True)
 class ExpertShare:
@@ -110,6 +113,10 @@ class PersistentActivation:
     `peak`, at position `token` of prompt number `prompt`. `prompts` is the number of prompts in which the channel is
     massive. `causes` contains one cause for each layer that raises the activation, in the order of the layers. `side`
     is True for a side effect: the same MLP output makes a far larger activation.
+
+    If `stream` is "shared MLP", the activation is in the output of an MLP that several layers share. It is recurring,
+    and its appearances are the layers that use the MLP. `layer` is the layer that stores the MLP, and `peak` the layer
+    that uses it when the largest output occurs.
     """
 
     layer: int
@@ -126,6 +133,7 @@ class PersistentActivation:
     causes: tuple[Cause, ...] = ()
     recurring: bool = False
     appearances: tuple[Appearance, ...] = ()
+    stream: Stream = "residual"
 
     @property
     def removed_by(self) -> Cause | None:

@@ -19,7 +19,7 @@ answer is "none", and on which models the thresholds are calibrated.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from swsurgery.checkpoint.attention_layers import explain_unknown_layers, find_attention_layers
@@ -45,7 +45,6 @@ from swsurgery.scanning.persistence import (
     KEPT,
     PROMINENT,
     Rise,
-    Spell,
     compute_prominence,
     compute_remainder,
     count_layers_to_last,
@@ -57,6 +56,12 @@ from swsurgery.scanning.persistence import (
 )
 from swsurgery.scanning.recurring import Recurrence, describe_appearance, find_recurrences, merge_recurrences
 from swsurgery.scanning.report import Candidate, Role, Scan
+from swsurgery.scanning.shared_mlps import (
+    SharedRecurrence,
+    find_shared_mlps,
+    find_shared_recurrences,
+    merge_shared,
+)
 from swsurgery.scanning.spikes import LEAST_MAXIMUM, MADE, OUTSTANDING, LayerSpikes, Move, Trace
 from swsurgery.storage.coordinate import Coordinate
 
@@ -152,10 +157,12 @@ def scan_sequences(
     checkpoint, layers = model.checkpoint, len(model.layers)
     if not layers:
         raise Unrunnable("cannot find the list of decoder layers in the model", checkpoint.root)
-    watch = LayerSpikes(model)
+    shared = find_shared_mlps(model)
+    watch = LayerSpikes(model, shared)
     attention = find_attention_layers(checkpoint.config, layers)
+    uses = {layer: sources[0].projection.layer for layer, sources in enumerate(shared) if sources}
     unseen = sorted({*watch.unseen, *(layer.layer for layer in watch.unread)})
-    search, least = _Search(checkpoint, unseen, attention), count_layers_to_last(layers)
+    search, least = _Search(checkpoint, unseen, attention, uses), count_layers_to_last(layers)
     notes = [f"{_format_numbers('layer', unseen)}: the down projection is not observed"] if unseen else []
     if layers <= least:
         notes.append(f"the model has {layers} layers: too few for an activation to persist through {least} more")
@@ -225,32 +232,38 @@ class _Search:
     """Collects the candidates, super activations and notes of all rounds. In round 1 the model is unedited.
 
     `unseen` contains the layers whose MLP is not observed. `attention` contains the layers with full attention of a
-    hybrid model, and is empty for any other model. `removers` contains the scalars that remove states of the unedited
-    model. `untraced` contains, for each persistent massive state that no observed MLP makes, the layer where it begins.
+    hybrid model, and is empty for any other model. `uses` maps each layer that uses an MLP of several layers to the
+    layer that stores it. `removers` contains the scalars that remove states of the unedited model. `untraced` contains,
+    for each persistent massive state that no observed MLP makes, the layer where it begins.
     """
 
-    def __init__(self, checkpoint: Checkpoint, unseen: Sequence[int], attention: Sequence[int]):
-        self.checkpoint, self.attention = checkpoint, attention
+    def __init__(
+        self, checkpoint: Checkpoint, unseen: Sequence[int], attention: Sequence[int], uses: Mapping[int, int]
+    ):
+        self.checkpoint, self.attention, self.uses = checkpoint, attention, uses
         self.candidates: dict[Coordinate, Candidate] = {}
         self.removers: dict[Coordinate, Candidate] = {}
         self.activations: list[PersistentActivation] = []
         self.notes: list[str] = []
         self.untraced: set[int] = set()
         self._decomposer = Decomposer(checkpoint, unseen)
-        # From round 1: the traces, the largest output of the MLP by (sequence, layer, token), and the places (sequence,
-        # layer, token, channel) of the persistent states whose scalars are searched for.
+        # From round 1: the traces, the largest output of the MLP by (sequence, layer, token), that of a shared MLP by
+        # (sequence, layer that stores it), and the places (sequence, layer, token, channel) of the persistent states
+        # whose scalars are searched for.
         self._unedited: Sequence[Trace] = ()
         self._largest: dict[tuple[int, int, int], float] = {}
+        self._largest_shared: dict[tuple[int, int], float] = {}
         self._main: set[tuple[int, int, int, int]] = set()
 
     def look(self, traces: Sequence[Trace], number: int) -> list[Coordinate]:
         """Add the candidates found in the traces of round `number` (counted from 1), and return their coordinates."""
         recurrences = list(find_recurrences(traces, self.attention))
         rises, companions = self._split(traces, recurrences, number == 1)
-        self._add_activations(traces, rises, companions, recurrences)
+        shared = list(find_shared_recurrences(traces, self.uses))
+        self._add_activations(traces, rises, companions, recurrences, shared)
         if number == 1:
             self._find_removers(traces, rises)
-        found: dict[Coordinate, list[tuple[Spell, RowTerm]]] = defaultdict(list)
+        found: dict[Coordinate, list[tuple[int, Move, RowTerm]]] = defaultdict(list)
         unmade: dict[tuple[int, int], str] = {}  # by layer and channel
         searched = {(rise.main.move.layer, rise.main.move.channel) for rise in rises}
         for spell in (spell for rise in rises for spell in rise.spells):
@@ -258,14 +271,17 @@ class _Search:
                 continue
             terms = self._decomposer.decompose(spell.move)
             for scalar in terms.makers:
-                found[scalar.coordinate].append((spell, scalar))
+                found[scalar.coordinate].append((spell.sequence, spell.move, scalar))
             if not terms.makers:
                 unmade[spell.move.layer, spell.move.channel] = terms.explain_no_maker()
+        for one in shared:
+            for move in one.moves if self._is_main(one) else ():
+                terms = self._decomposer.decompose(move)
+                for scalar in terms.makers:
+                    found[scalar.coordinate].append((one.sequence, move, scalar))
         for coordinate, places in found.items():
-            scalar = places[0][1]
-            self.candidates[coordinate] = self._make_candidate(
-                [(spell.sequence, spell.move, scalar) for spell, scalar in places], number, "creates"
-            )
+            scalar = places[0][2]
+            self.candidates[coordinate] = self._make_candidate(places, number, "creates")
             self._decomposer.remove(scalar)  # the next rounds run without this scalar
             unmade.pop((scalar.projection.layer, scalar.row), None)
         for (layer, channel), why in sorted(unmade.items()):
@@ -289,6 +305,9 @@ class _Search:
             for sequence, trace in enumerate(traces):
                 for move in trace.moves.values():
                     self._largest[sequence, move.layer, move.token] = move.record.largest
+                for move in trace.shared.values():
+                    key = sequence, self.uses[move.layer]
+                    self._largest_shared[key] = max(move.record.largest, self._largest_shared.get(key, 0.0))
         rises: list[Rise] = []
         companions: list[Rise] = []
         for rise in (*find_rises(traces), *(rise for one in recurrences for rise in one.rises)):
@@ -304,12 +323,21 @@ class _Search:
             self._main = {rise.main.place for rise in rises}
         return rises, companions
 
+    def _is_main(self, one: SharedRecurrence) -> bool:
+        """Return False if the recurring output of a shared MLP is a side effect.
+
+        It is if it is less than `MIN_COMPANION_SHARE` of the MLP's largest output for any token in the unedited model.
+        """
+        largest = self._largest_shared.get((one.sequence, one.stored), one.main.record.largest)
+        return abs(one.main.after) >= MIN_COMPANION_SHARE * largest
+
     def _add_activations(
         self,
         traces: Sequence[Trace],
         rises: Sequence[Rise],
         companions: Sequence[Rise],
         recurrences: Sequence[Recurrence],
+        shared: Sequence[SharedRecurrence],
     ) -> None:
         """Add the activations that are new, with their causes. Side effects are added in round 1 only."""
         unedited = traces is self._unedited
@@ -328,16 +356,21 @@ class _Search:
             if self._is_new(new, fresh) and (unedited or not side):
                 fresh.append(replace(new, side=side))
                 self.untraced.update(rise.main.move.layer for rise in one.rises if not rise.main.move.made_by_mlp)
+        for side in (False, True) if unedited else (False,):
+            for new in merge_shared((one for one in shared if self._is_main(one) is not side), self._decomposer):
+                if self._is_new(new, fresh):
+                    fresh.append(replace(new, side=side))
         for new in merge_drifts(traces, find_drifts(traces)) if unedited else ():
             self.untraced.add(new.layer)
-            if not any(old.channel == new.channel for old in fresh):
+            if not any(old.channel == new.channel and old.stream == new.stream for old in fresh):
                 fresh.append(new)
         self.activations += name_neurons(fresh)
 
     def _is_new(self, new: PersistentActivation, fresh: Sequence[PersistentActivation]) -> bool:
         """Return True if no activation of the same channel exists in the layer of `new`."""
         return not any(
-            old.channel == new.channel and old.layer <= new.layer <= old.last for old in [*self.activations, *fresh]
+            (old.channel, old.stream) == (new.channel, new.stream) and old.layer <= new.layer <= old.last
+            for old in [*self.activations, *fresh]
         )
 
     def _make_candidate(self, places: Sequence[tuple[int, Move, RowTerm]], number: int, role: Role) -> Candidate:

@@ -57,7 +57,7 @@ class ExpertCall(NamedTuple):
     weight: Tensor
 
 
-class _Linear:
+class LinearSource:
     """Observes the down projection of a dense or shared MLP, and the gate that scales a shared MLP (Qwen2-MoE)."""
 
     def __init__(self, projection: DownProjection, module: nn.Module, gate: nn.Module | None):
@@ -176,7 +176,7 @@ class _Experts:
         ]
 
 
-Source = _Linear | _Experts
+Source = LinearSource | _Experts
 
 
 class _StackedExperts(Protocol):
@@ -236,7 +236,7 @@ def find_sources(model: LayeredModel) -> tuple[list[list[Source]], list[int]]:
     for projection in list_down_projections(config, shapes):
         if projection.layer >= len(sources):
             continue
-        path, module, name = _find_loaded_module(modules, config, shapes, projection)
+        path, module, name = find_loaded_module(modules, config, shapes, projection)
         if module is None:
             unseen.add(projection.layer)
         elif not has_residual_rows(config, projection):
@@ -254,7 +254,7 @@ def find_sources(model: LayeredModel) -> tuple[list[list[Source]], list[int]]:
             stacks[module].projections[projection.expert] = projection
         else:
             gate = modules.get(f"{path.rpartition('.')[0]}_gate") if projection.expert == "shared" else None
-            sources[projection.layer].append(_Linear(projection, module, gate))
+            sources[projection.layer].append(LinearSource(projection, module, gate))
     return sources, sorted(unseen)
 
 
@@ -274,7 +274,7 @@ def list_unread(model: LayeredModel, unseen: Sequence[int]) -> tuple[UnreadLayer
     return tuple(unread[number] for number in sorted(unread))
 
 
-def _find_loaded_module(
+def find_loaded_module(
     modules: Mapping[str, nn.Module], config: Mapping[str, Any], shapes: Shapes, projection: DownProjection
 ) -> tuple[str, nn.Module | None, str]:
     """Find the module of a down projection in the loaded model. Returns its path, the module and the weight's name.

@@ -22,7 +22,15 @@ from torch.utils.hooks import RemovableHandle
 
 from swsurgery.model.forward import LayeredModel
 from swsurgery.progress import Progress
-from swsurgery.scanning.sources import Multiplied, Source, SourceWatch, find_sources, list_unread, set_largest
+from swsurgery.scanning.sources import (
+    LinearSource,
+    Multiplied,
+    Source,
+    SourceWatch,
+    find_sources,
+    list_unread,
+    set_largest,
+)
 from swsurgery.storage.coordinate import Coordinate
 
 OUTSTANDING = 8.0
@@ -104,7 +112,8 @@ class Trace:
     `entry` contains the hidden states before the first layer, or None if they were not observed. `hidden` contains the
     hidden states after each layer: (tokens, channels), float32, on the CPU. `medians` contains the median magnitude of
     the hidden states after each layer, and `bars` the magnitude from which they are massive. `moves` contains all moves
-    by (layer, token, channel).
+    by (layer, token, channel). `shared` contains the massive outputs of MLPs that several layers share, as moves from
+    0, by the layer that uses the MLP, the token and the channel.
     """
 
     entry: Tensor | None = None
@@ -112,6 +121,7 @@ class Trace:
     medians: list[float] = field(default_factory=list)
     bars: list[float] = field(default_factory=list)
     moves: dict[tuple[int, int, int], Move] = field(default_factory=dict)
+    shared: dict[tuple[int, int, int], Move] = field(default_factory=dict)
 
     def add_layer(self, hidden: Tensor) -> Tensor:
         """Add the hidden states after one more layer, and return their magnitudes."""
@@ -163,15 +173,18 @@ class LayerSpikes(SourceWatch):
     `unseen` contains the numbers of the layers with a stored down projection that cannot be observed in the loaded
     model. `unread` contains these layers and the layers with an MLP under unknown tensor names. After a run, `inputs`,
     `outputs` and `residuals` contain the signed value of largest magnitude in each layer: among the inputs of the down
-    projections, among the MLP's outputs, and among the hidden states after the layer. Raises ArchitectureError if the
-    checkpoint has no known down projection.
+    projections, among the MLP's outputs, and among the hidden states after the layer. `shared` contains, for each
+    layer, the sources of MLPs that several layers share and whose output is not added to the residual stream. Raises
+    ArchitectureError if the checkpoint has no known down projection.
     """
 
     method = "activations"
 
-    def __init__(self, model: LayeredModel):
-        sources, self.unseen = find_sources(model)
+    def __init__(self, model: LayeredModel, shared: Sequence[Sequence[LinearSource]] = ()):
+        sources, unseen = find_sources(model)
         super().__init__(model, sources)
+        self.shared = shared or [[] for _ in model.layers]
+        self.unseen = [layer for layer in unseen if not self.shared[layer]]
         self.unread = list_unread(model, self.unseen)
         self._clear(0)
 
@@ -206,6 +219,9 @@ class LayerSpikes(SourceWatch):
         self._multiplier = read_multiplier(layer)
         norms = [module for module in layer.modules() if "norm" in type(module).__name__.lower()]
         handles = [norm.register_forward_hook(self._keep_norm) for norm in norms]
+        number = next(number for number, one in enumerate(self.model.layers) if one is layer)
+        for source in self.shared[number]:
+            handles += source.watch()
         self._entry: Tensor | None = None
         if layer is self.model.layers[0]:
             handles.append(layer.register_forward_pre_hook(self._keep_entry))
@@ -234,7 +250,10 @@ class LayerSpikes(SourceWatch):
             for x in inputs:
                 set_largest(self.inputs, number, x[row, :tokens])
             self._look(number, trace, state, output[here], added[here], sources, begin)
-        for source in sources:
+            for shared in self.shared[number]:
+                if shared.called:
+                    self._look_at_shared(number, trace, shared, len(flat), here)
+        for source in (*sources, *self.shared[number]):
             source.forget()
 
     def _keep_entry(self, module: nn.Module, arguments: tuple[object, ...]) -> None:
@@ -296,4 +315,19 @@ class LayerSpikes(SourceWatch):
                 median=trace.medians[-1],
                 massive=bool(massive[at]),
                 record=records[token],
+            )
+
+    def _look_at_shared(self, number: int, trace: Trace, source: LinearSource, tokens: int, here: slice) -> None:
+        """Add the massive outputs of a shared MLP for the tokens `here` of a batch of `tokens` to the trace."""
+        output, x = source.output(tokens)[here].cpu(), source.neurons().reshape(tokens, -1)[here]
+        set_largest(self.inputs, number, x)
+        set_largest(self.outputs, number, output)
+        sizes = output.abs()
+        median = max(float(sizes.median()), TINY)
+        for token, channel in (sizes >= compute_bar(sizes, median)).nonzero().tolist():
+            typical = float(sizes[token].median())
+            record = TokenRecord(tuple(source.list_multiplied(here.start + token)), float(sizes[token].max()), typical)
+            value = float(output[token, channel])
+            trace.shared[number, token, channel] = Move(
+                number, token, channel, 0.0, value, value, value, median, True, record
             )

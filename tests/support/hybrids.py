@@ -159,7 +159,8 @@ def list_planted(family: str, periods: int = 3) -> list[int]:
 
 def count_periods(family: str, layers: int) -> int:
     """Count the activations that `plant_recurring` plants in a model with about `layers` layers: at least 2."""
-    return max(2, layers // {"nemotron_h": 4, "falcon_h1": 2}.get(family, 3))
+    least = 4 if family == "zamba2" else 2  # the periods of Zamba 2 use two MLPs in turn
+    return max(least, layers // {"nemotron_h": 4, "falcon_h1": 2}.get(family, 3))
 
 
 @torch.no_grad()
@@ -177,6 +178,70 @@ def plant_recurring(
         for place, source, target in ((creators[-1], MARK, medians), (removers[-1], CHANNEL, 0.0)):
             _set(model, place, source, target)
     return Planted(creators, removers, attention)
+
+
+@torch.no_grad()
+def plant_shared(model: transformers.PreTrainedModel, medians: float = 1000.0) -> tuple[Place, list[int]]:
+    """Let one neuron of the first shared MLP of a Zamba write a large value on the trigger in each use.
+
+    The smallest of these outputs has about `medians` medians. Returns the planted scalar, and the layers that use the
+    MLP.
+    """
+    uses = list_uses(model)
+    [first, *_] = uses
+    mlp = get_shared_mlp(model, first)
+    mlp.down_proj.weight[:, NEURON] = 0.0
+    inputs = [given for given, _ in run_shared(model, SEQUENCES[0], uses)]
+    direction = torch.stack([given / given.norm() for given in inputs]).mean(0)
+    if hasattr(mlp, "gate_up_proj"):
+        rows = [NEURON, NEURON + mlp.intermediate_size]
+        mlp.gate_up_proj.weight[rows] = 4.0 * direction
+        for adapter in (one for one in mlp.gate_up_proj_adapter_list if isinstance(one, nn.Sequential)):
+            adapter[1].weight[rows] = 0.0
+    else:
+        mlp.gate_proj.weight[NEURON] = mlp.up_proj.weight[NEURON] = 4.0 * direction
+    down = mlp.down_proj.weight
+    down[CHANNEL, NEURON] = 1.0
+    for _ in range(6):
+        outputs = [output for _, output in run_shared(model, SEQUENCES[0], uses)]
+        smallest = min(float(output[CHANNEL].abs() / output.abs().median()) for output in outputs)
+        if 0.9 * medians <= smallest <= 1.1 * medians:
+            break
+        down[CHANNEL, NEURON] *= medians / smallest
+    return Place(first, CHANNEL, NEURON), uses
+
+
+def get_shared_mlp(model: transformers.PreTrainedModel, layer: int) -> nn.Module:
+    """Return the MLP of a layer of Zamba with the shared block."""
+    name = "shared_transf" if model.config.model_type == "zamba" else "shared_transformer"
+    mlp = getattr(model.model.layers[layer], name).feed_forward
+    assert isinstance(mlp, nn.Module)
+    return mlp
+
+
+def list_uses(model: transformers.PreTrainedModel) -> list[int]:
+    """List the layers that use the MLP that the first layer with a shared block uses."""
+    layers = [layer for layer, kind in enumerate(model.config.layers_block_type) if kind == "hybrid"]
+    weights = {layer: get_shared_mlp(model, layer).down_proj.weight for layer in layers}
+    return [layer for layer in layers if weights[layer] is weights[layers[0]]]
+
+
+@torch.no_grad()
+def run_shared(
+    model: transformers.PreTrainedModel, sequence: Sequence[int], uses: Sequence[int]
+) -> list[tuple[Tensor, Tensor]]:
+    """Return the input and the output of a shared MLP for the first token of a sequence, in each layer of `uses`."""
+    kept: list[tuple[Tensor, Tensor]] = []
+    handles = [
+        get_shared_mlp(model, layer).register_forward_hook(
+            lambda m, arguments, output: kept.append((arguments[0][0, 0].clone(), output[0, 0].clone()))
+        )
+        for layer in uses
+    ]
+    model(input_ids=torch.tensor([list(sequence)]), use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return kept
 
 
 def _clear(model: transformers.PreTrainedModel) -> None:

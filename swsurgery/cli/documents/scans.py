@@ -99,7 +99,8 @@ class ActivationItem(DocumentPart):
     """A residual channel that is massive after each layer from `first` through `last`, and what makes it.
 
     A recurring activation does not persist: it appears before layers with full attention, at the times in
-    `appearances`.
+    `appearances`. If `stream` is "shared MLP", it is in the output of an MLP that several layers share, and its
+    appearances are the layers that use the MLP, which is stored in `layer`.
 
     `layer` is the layer that adds most, `made_by` describes what makes the activation there, and `ratio` is the
     magnitude of `value` in medians of its layer. `side` is true for a side effect of a larger activation.
@@ -120,6 +121,7 @@ class ActivationItem(DocumentPart):
     made_by: str | None
     causes: list[CauseItem]
     appearances: list[AppearanceItem]
+    stream: Literal["residual", "shared MLP"]
 
 
 class LargestItem(DocumentPart):

@@ -13,7 +13,7 @@ from statistics import median
 from typing import TYPE_CHECKING, NamedTuple
 
 from swsurgery.errors import escape_control, pluralise
-from swsurgery.scanning.activation_report import PersistentActivation
+from swsurgery.scanning.activation_report import Appearance, PersistentActivation
 from swsurgery.scanning.causal_report import Verdict
 from swsurgery.scanning.expert_report import ExpertScan
 from swsurgery.scanning.figures.sheet import (
@@ -100,7 +100,7 @@ def plot_scan(report: Scan, path: Path, model: str | None = None) -> None:
         else:
             panels = add_panels(paper, top, 3)
             _draw_profile(panels, report, report.profile, found)
-            _name_activations(paper, panels[2], report.activations)
+            _name_activations(paper, panels[2], [a for a in report.activations if a.stream == "residual"])
         _set_layer_axis(panels, report.layers)
         for one, row in zip(labelled, rows, strict=True):
             _draw_label(paper, one, row, report.layers, top)
@@ -200,7 +200,13 @@ def _draw_profile(panels: Sequence[Axes], report: Scan, profile: Profile, found:
         ("largest hidden state\nafter the layer", profile.residuals),
     )
     threshold = _find_threshold([*profile.inputs, *profile.outputs])
-    massive = {layer for a in report.activations for layer in range(a.layer, a.last + 1)}
+    spans = [
+        (span.first, span.last) if one.recurring else (one.layer, one.last)
+        for one in report.activations
+        if one.stream == "residual"
+        for span in one.appearances or (Appearance(one.layer, one.last, one.value),)
+    ]
+    massive = {layer for first, last in spans for layer in range(first, last + 1)}
     for panel, (name, values), key in zip(panels, sides, ("inputs", "outputs", "residuals"), strict=True):
         marked = [(one, value) for one in found if (value := getattr(one, key)) is not None]
         panel.set_ylabel(name)

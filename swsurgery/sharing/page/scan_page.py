@@ -47,6 +47,9 @@ PANELS = (
 )
 """The panels of the profile: the key of the values, the key of the spikes of candidates, and the caption."""
 
+SHARED = "shared MLP"
+"""The stream of an activation in the output of an MLP that several layers share."""
+
 RUNNERS_UP = 5
 """Number of layers without a candidate that the page lists, those with the largest outputs."""
 
@@ -177,7 +180,8 @@ def _show_activations(document: Document) -> Markup:
         *("channel", "largest value", "in medians", "step up in layer", "step down in layer"),
         *("largest after layer", "prompt", "token", "in prompts", "made by", "removed by", ""),
     )
-    return join([make_table(header, rows, numeric=range(len(header) - 3)), _show_recurring(document)])
+    tables = (make_table(header, rows, numeric=range(len(header) - 3)), _show_recurring(document))
+    return join([*tables, _show_shared(document)])
 
 
 def _show_recurring(document: Document) -> Markup:
@@ -190,7 +194,7 @@ def _show_recurring(document: Document) -> Markup:
             *(read_text(time, "made_by"), read_text(time, "removed_by")),
         ]
         for one in read_maps(document, "super_activations")
-        if one.get("recurring") is True
+        if one.get("recurring") is True and one.get("stream") != SHARED
         for time in read_maps(one, "appearances")
     ]
     if not rows:
@@ -198,6 +202,24 @@ def _show_recurring(document: Document) -> Markup:
     header = ("channel", "from layer", "to layer", "full attention in", "largest value", "made by", "removed by")
     words = "Activations that appear before layers with full attention, and do not persist:"
     return join([make_tag("p", words), make_table(header, rows, numeric=range(5))])
+
+
+def _show_shared(document: Document) -> Markup:
+    """Render each layer in which the output of an MLP that several layers share is massive."""
+    rows = [
+        [
+            *(read_integer(one, "channel"), read_integer(one, "layer"), read_integer(time, "first")),
+            *(show_number(time.get("value")), read_text(time, "made_by")),
+        ]
+        for one in read_maps(document, "super_activations")
+        if one.get("stream") == SHARED
+        for time in read_maps(one, "appearances")
+    ]
+    if not rows:
+        return join([])
+    header = ("channel", "stored in layer", "used in layer", "output", "made by")
+    words = "Massive outputs of MLPs that several layers share, in the layers that use the MLP:"
+    return join([make_tag("p", words), make_table(header, rows, numeric=range(4))])
 
 
 def _show_profile(document: Document) -> Markup:
@@ -238,6 +260,8 @@ def _list_spans(document: Document) -> list[Document]:
     """List the layers of each super activation, with one element for each appearance of a recurring one."""
     spans: list[Document] = []
     for one in read_maps(document, "super_activations"):
+        if one.get("stream") == SHARED:
+            continue  # not in the residual stream
         times = read_maps(one, "appearances") if one.get("recurring") is True else []
         spans += [{"layer": time.get("first"), "last": time.get("last")} for time in times] or [one]
     return spans
