@@ -348,8 +348,12 @@ def _finish_loading(model: PreTrainedModel) -> None:
 
 def get_context_length(model: PreTrainedModel) -> int:
     """Return the maximum number of tokens in one input; sys.maxsize if the config does not state it."""
-    length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return length if isinstance(length, int) and length > 0 else sys.maxsize
+    config = model.config.get_text_config()
+    for name in ("max_position_embeddings", "max_seq_len"):  # the second is that of MPT
+        length = getattr(config, name, None)
+        if isinstance(length, int) and length > 0:
+            return length
+    return sys.maxsize
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:

@@ -165,7 +165,8 @@ def scan_sequences(
     search, least = _Search(checkpoint, unseen, attention, uses), count_layers_to_last(layers)
     notes = [f"{_format_numbers('layer', unseen)}: the down projection is not observed"] if unseen else []
     if layers <= least:
-        notes.append(f"the model has {layers} layers: too few for an activation to persist through {least} more")
+        has = f"the model has {pluralise(layers, 'layer')}"
+        notes.append(f"{has}: too few for an activation to persist through {least} more")
     if unknown := explain_unknown_layers(checkpoint.config, checkpoint.shapes, layers):
         notes.append(unknown)
     profile = passport = None

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny_checkpoint
+import tiny_models
 import torch
 import transformers
 from tiny_checkpoint import TEXT, Pair, write_pair
@@ -266,6 +267,11 @@ def test_no_window_is_refused(count: int, windows: int, window: int) -> None:
 def test_a_window_is_no_longer_than_the_context(tmp_path: Path) -> None:
     pair = write_pair(tmp_path, bos=True, positions=16)
     assert check(pair, window=512).window_tokens == 15
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mpt"])
+def test_the_context_length_is_found_under_the_name_that_the_family_uses(family: str) -> None:
+    assert load.get_context_length(tiny_models.build(family)) == 32
 
 
 def test_bos_is_put_in_front_only_where_the_tokenizer_does() -> None:

@@ -14,7 +14,7 @@ from planted import SEQUENCES, Place, build, coordinate_of, opened, plant, weigh
 from safetensors.torch import load_file
 
 from swsurgery.checkpoint.opening import open_checkpoint
-from swsurgery.errors import ModelError
+from swsurgery.errors import ModelError, pluralise
 from swsurgery.model import load
 from swsurgery.scanning import causes as causes_module
 from swsurgery.scanning import sources, spikes
@@ -233,7 +233,9 @@ def test_nothing_persists_in_a_shallow_model(layers, tmp_path):
         weight.mul_(300)
     report = scanned(model, tmp_path)
     assert report.candidates == () == report.activations
-    assert report.notes == (f"the model has {layers} layers: too few for an activation to persist through 3 more",)
+    assert report.notes == (
+        f"the model has {pluralise(layers, 'layer')}: too few for an activation to persist through 3 more",
+    )
     assert len(report.profile.inputs) == layers
 
 
