@@ -500,7 +500,10 @@ def test_a_sweep_of_nothing_finite_is_drawn(draw):
 def test_a_sweep_names_what_was_scaled_and_measured(svg):
     found = words(SWEEP, svg, "SmolLM2")
     assert "SmolLM2: model.layers.11.mlp.down_proj.weight[507, 1229], scaled" in found
-    assert "16 windows of 512 tokens (8,176 scored), float32 on cpu" in found
+    assert (
+        "16 windows of 512 tokens (8,176 scored), default: without overlap, BOS as the tokenizer adds it, "
+        "text sha256 abababababab, float32 on cpu" in found
+    )
     assert "as stored (factor 1)" in found and "not finite" not in found
     several = dataclasses.replace(SWEEP, coordinates=(MAKER.coordinate, HELPER.coordinate))
     assert "2 scalars, scaled" in words(several, svg)

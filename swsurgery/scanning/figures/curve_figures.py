@@ -79,7 +79,7 @@ def plot_sweep(report: Sweep, path: Path, model: str | None = None) -> None:
         panels[-1].set_xlabel("factor")
         gap = any(not math.isfinite(value) for values in curves.values() for value in values)
         draw_legend(paper, TOP, [BASE, SCALED, NOT_FINITE] if gap else [BASE, SCALED])
-        write_note(paper, f"{describe_measured_text(report)}, {report.dtype} on {report.device}")
+        write_note(paper, _describe_measurement(report))
         save_figure(paper, path)
 
 
@@ -112,8 +112,14 @@ def plot_comparison(report: Comparison, path: Path) -> None:
         panels[-1].set_xlim(-0.5, len(models) - 0.5)
         panels[-1].set_xticks(range(len(models)), [str(number) for number in range(len(models))])
         _list_models(paper, models)
-        write_note(paper, f"{describe_measured_text(report)}, {report.dtype} on {report.device}")
+        write_note(paper, _describe_measurement(report))
         save_figure(paper, path)
+
+
+def _describe_measurement(report: Sweep | Comparison) -> str:
+    """Describe the text, the protocol, the dtype and the device of a report in one line."""
+    text = f"{describe_measured_text(report)}, {report.protocol.describe()}, text sha256 {report.text_sha256[:12]}"
+    return f"{text}, {report.dtype} on {report.device}"
 
 
 def _list_models(paper: Axes, models: Sequence[ComparedModel]) -> None:

@@ -153,7 +153,7 @@ def draw_legend(paper: Axes, top: float, marks: Iterable[Mark]) -> None:
 
 
 def write_note(paper: Axes, text: str) -> None:
-    paper.text(RIGHT, 16, escape_control(text), color=GREY, horizontalalignment="right")
+    paper.text(RIGHT, 6, escape_control(text), color=GREY, horizontalalignment="right")
 
 
 def save_figure(paper: Axes, path: Path) -> None:
