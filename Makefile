@@ -4,7 +4,7 @@
 # make quick   the same without slow tests and tests that need torch or the model: under a minute on two cores
 # make tasks   test and measure the tasks of lm-evaluation-harness in an environment of their own (600 MB more)
 # make bench   measure speed and memory
-# make recall  measure how many planted super weights a scan finds: about six minutes on two cores, one on sixteen
+# make recall  measure how many planted super weights a scan finds: about twelve minutes on two cores, under two on sixteen
 #              (RECALL: folders of trained models, --seeds N, --families A B, --json FILE, --quick)
 # make docs    build the documentation site into build/site, and check its links
 # make model   fetch the model of the tutorial and link it as my-model
