@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cache
 from typing import NamedTuple
 
 CONFIDENCE = 0.95
@@ -74,6 +75,7 @@ def compute_prediction_bound(values: Sequence[float], confidence: float = CONFID
     return max(abs(mean) + reach, *map(abs, values))
 
 
+@cache
 def compute_student_quantile(confidence: float, freedom: int) -> float:
     """Find t such that a Student variable T with `freedom` degrees of freedom has P(|T| < t) = `confidence`."""
     low, high = 0.0, math.pi / 2  # bounds of the angle whose tangent is t / sqrt(freedom)

@@ -10,7 +10,7 @@ import math
 from collections.abc import Hashable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
-from typing import Any, Generic, Literal, TypeAlias, TypeVar, get_args
+from typing import Any, Generic, Literal, NamedTuple, TypeAlias, TypeVar, get_args
 from typing import Protocol as Interface
 
 from swsurgery.model.protocol import DEFAULT_PROTOCOL, Protocol
@@ -37,6 +37,20 @@ class Effect:
 
     def to_json(self) -> dict[str, Any]:
         return {key: convert_to_plain(value) for key, value in vars(self).items()}
+
+
+class Families(NamedTuple):
+    """The numbers of effects that a scan tests, in two families: zeroed alone, and jointly with others.
+
+    In each family, Holm's method limits the probability of any false verdict (clear_effects.py).
+    """
+
+    alone: int = 0
+    jointly: int = 0
+
+    def subtract(self, others: Families) -> Families:
+        """Return the numbers of effects without `others`."""
+        return Families(self.alone - others.alone, self.jointly - others.jointly)
 
 
 class Tested(Interface):
@@ -95,7 +109,8 @@ class CausalTest(Generic[TrialT, SetT]):
 
     `together` is the effect of zeroing all candidates. `null` contains one perplexity ratio for each random scalar or
     expert, zeroed alone. `base_perplexity` is the perplexity before zeroing. The text had `windows` windows of
-    `window_tokens` tokens, in which `scored_tokens` predictions were scored by `protocol`.
+    `window_tokens` tokens, in which `scored_tokens` predictions were scored by `protocol`. `families` contains the
+    numbers of effects that the scan tested.
     """
 
     trials: tuple[TrialT, ...]
@@ -110,6 +125,7 @@ class CausalTest(Generic[TrialT, SetT]):
     device: str
     scored_tokens: int
     protocol: Protocol = field(default=DEFAULT_PROTOCOL, kw_only=True)
+    families: Families = field(default=Families(), kw_only=True)
 
     @property
     def has_verdicts(self) -> bool:
@@ -124,6 +140,7 @@ class CausalTest(Generic[TrialT, SetT]):
             **self.list_further_nulls(),
             **{key: convert_to_plain(getattr(self, key)) for key in keys},
             "protocol": self.protocol.to_json(),
+            "families": self.families._asdict(),
         }
 
     def list_further_nulls(self) -> dict[str, Any]:

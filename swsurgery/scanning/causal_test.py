@@ -1,15 +1,14 @@
 """Contain what the causal tests of scalars, experts and parts share (confirm.py, confirm_experts.py, confirm_parts.py).
 
 A bar is the effect that zeroing a part of the model must exceed to count as critical. This module contains the options
-and limits of all tests, what runs them on a text, the bar that random parts set, and the search for joint sets. It
-chooses no parts.
+and limits of all tests, what runs them on a text, and the bar that random parts set. It chooses no parts.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Generic, NamedTuple, TypedDict, TypeVar
@@ -19,12 +18,12 @@ from swsurgery.errors import ModelError
 from swsurgery.model import load, tokens
 from swsurgery.model.cutting import CutText, cut_text
 from swsurgery.model.forward import LayeredModel
-from swsurgery.model.intervals import CONFIDENCE, LEAST_WINDOWS
+from swsurgery.model.intervals import LEAST_WINDOWS
 from swsurgery.model.protocol import DEFAULT_PROTOCOL, Protocol
 from swsurgery.model.text import choose_text
 from swsurgery.model.windows import cut_text_windows
 from swsurgery.progress import Progress
-from swsurgery.scanning.causal_report import AnyTest
+from swsurgery.scanning.causal_report import AnyTest, Families
 from swsurgery.scanning.losses import Losses, Unit, compute_exp
 from swsurgery.scanning.run_options import RunOptions
 from swsurgery.storage.numbers import format_number
@@ -59,6 +58,7 @@ class TestConditions(TypedDict):
     device: str
     scored_tokens: int
     protocol: Protocol
+    families: Families
 
 
 class NullTexts(NamedTuple, Generic[Unit]):
@@ -81,13 +81,15 @@ class CausalOptions:
     """The options of a causal test, for units of any kind.
 
     `nulls` is the maximum number of random units that are zeroed for comparison; `seed` draws them. `progress` receives
-    the progress of each run of the model, and `say` receives lines for the user.
+    the progress of each run of the model, and `say` receives lines for the user. `others` contains the numbers of
+    effects of the same scan that are tested elsewhere.
     """
 
     nulls: int = 16
     seed: int = 0
     progress: Progress | None = None
     say: Say = say_nothing
+    others: Families = Families()
 
 
 DEFAULT_OPTIONS = CausalOptions()
@@ -150,8 +152,11 @@ def refuse_untestable(candidates: Sequence[object], windows: Windows) -> None:
         )
 
 
-def list_conditions(losses: Losses[Unit]) -> TestConditions:
-    """Return how the losses were measured. The digest of the text and the protocol are unknown to the losses."""
+def list_conditions(losses: Losses[Unit], families: Families) -> TestConditions:
+    """Return how the losses were measured, and how many effects were tested.
+
+    The digest of the text and the protocol are unknown to the losses.
+    """
     return TestConditions(
         base_perplexity=losses.base_perplexity,
         windows=len(losses.windows),
@@ -161,6 +166,7 @@ def list_conditions(losses: Losses[Unit]) -> TestConditions:
         device=load.get_device_name(losses.model.device),
         scored_tokens=sum(losses.scored),
         protocol=DEFAULT_PROTOCOL,
+        families=families,
     )
 
 
@@ -221,46 +227,3 @@ def compute_outer_fence(values: Sequence[float]) -> float:
         return -math.inf
     low, high = (sorted(values)[round(share * (len(values) - 1))] for share in (0.25, 0.75))
     return high + 3 * (high - low) if math.isfinite(high) else math.inf
-
-
-def find_clear(
-    losses: Losses[Unit],
-    tests: Mapping[Unit, tuple[frozenset[Unit], Collection[frozenset[Unit]]]],
-    bar: Callable[[Unit], float],
-) -> frozenset[Unit]:
-    """Find the units whose effect is clearly above their bar, with control for the number of units that are tested.
-
-    `tests` maps each unit to the group whose effect is tested, and to the parts whose effects are subtracted. Holm's
-    method (S. Holm, A simple sequentially rejective multiple test procedure, 1979) is used: the probability that any
-    effect is called clear wrongly is at most that of a single test. With m units left, intervals have an error of 5%/m.
-    """
-    left, found = dict(tests), set[Unit]()
-    while left:
-        confidence = 1 - (1 - CONFIDENCE) / len(left)
-        clear = {unit for unit, test in left.items() if losses.gain(*test, confidence=confidence).low > bar(unit)}
-        if not clear:
-            break
-        found |= clear
-        left = {unit: test for unit, test in left.items() if unit not in clear}
-    return frozenset(found)
-
-
-def find_joint_sets(
-    losses: Losses[Unit], groups: Sequence[frozenset[Unit]], bar: Callable[[frozenset[Unit]], float]
-) -> list[frozenset[Unit]]:
-    """Find the groups whose effect is clearly larger than the product of the effects of their parts, strongest first.
-
-    The parts of a group are the smaller joint sets in the group, chosen from the strongest to the weakest without
-    overlap, and the remaining single scalars.
-    """
-    found: list[frozenset[Unit]] = []
-    for group in sorted(groups, key=len):
-        parts: list[frozenset[Unit]] = []
-        left = group
-        for smaller in sorted(found, key=lambda known: -losses.gain(known).log):
-            if smaller <= left:
-                parts.append(smaller)
-                left -= smaller
-        if losses.gain(group, [*parts, *(frozenset({name}) for name in left)]).low > bar(group):
-            found.append(group)
-    return sorted(found, key=lambda known: -losses.gain(known).log)

@@ -14,6 +14,7 @@ A bar is the effect that a scalar must exceed to count as critical.
     suspects.py       chooses the companions and the null scalars
     losses.py         measures the losses, with intervals of model/intervals.py
     bars.py           sets the bars
+    clear_effects.py  finds the effects that are clear
     causal_test.py    what the causal test of experts does in the same way
     this module       decides the verdicts
 
@@ -28,19 +29,18 @@ from dataclasses import dataclass
 
 from swsurgery.model.forward import LayeredModel
 from swsurgery.scanning.bars import LEAST_ROWS, EffectBars, set_bars
-from swsurgery.scanning.causal_report import Verdict
+from swsurgery.scanning.causal_report import Families, Verdict
 from swsurgery.scanning.causal_test import (
     DEFAULT_OPTIONS,
     INERT,
     CausalOptions,
     Say,
     Windows,
-    find_clear,
-    find_joint_sets,
     list_conditions,
     refuse_untestable,
     report_too_few_windows,
 )
+from swsurgery.scanning.clear_effects import Contrast, find_clear, find_jointly
 from swsurgery.scanning.doses import choose_doses, report_doses
 from swsurgery.scanning.losses import Losses, compute_exp
 from swsurgery.scanning.report import Candidate, ColumnNull, Confirmation, JointSet, Trial
@@ -112,18 +112,16 @@ def confirm_scalars(
     losses.measure(suspects.groups(), options.progress, doses)
     say = report_too_few_windows(losses, options.say)
     bars = set_bars(losses, suspects, say)
-    core = _find_core(losses, suspects, bars)
-    pairs = suspects.pairs
-    groups = [g for g in dict.fromkeys([*pairs, core] if len(core) > 1 else pairs) if not g & bars.unjudged]
-    losses.measure(groups, options.progress)
-    joint = find_joint_sets(losses, groups, bars.joint)
-    _report_companions(losses, suspects, bars, say)
     judged = [name for name in suspects.names if name not in bars.unjudged]
-    alone = find_clear(losses, {name: (frozenset({name}), ()) for name in judged}, bars.alone)
-    # A family of tests of their own, so that removers do not make the verdicts on candidates stricter.
-    removing = {candidate.coordinate: (frozenset({candidate.coordinate}), ()) for candidate in suspects.removers}
-    alone |= find_clear(losses, removing, bars.alone)
-    judge = _Judge(losses, bars, alone, core.union(*joint))
+    single = [*judged, *(candidate.coordinate for candidate in suspects.removers)]
+    others = options.others
+    alone = find_clear(losses, {name: (frozenset({name}), ()) for name in single}, bars.alone, others.alone)
+    pairs = [pair for pair in suspects.pairs if not pair & bars.unjudged]
+    added = _list_added(suspects.together, judged)
+    jointly = find_jointly(losses, added, pairs, bars.joint, others.jointly, options.progress)
+    joint = jointly.joint_sets
+    _report_companions(losses, suspects, bars, say)
+    judge = _Judge(losses, bars, alone, jointly.units)
     together = suspects.together
     return Confirmation(
         trials=tuple(judge.try_out(candidate, together) for candidate in every),
@@ -132,7 +130,7 @@ def confirm_scalars(
             JointSet(tuple(sorted(group, key=suspects.names.index)), losses.effect(group)) for group in joint
         ),
         null=tuple(losses.effect(frozenset({scalar})).ratio for scalar in suspects.null),
-        **list_conditions(losses),
+        **list_conditions(losses, Families(len(single) + others.alone, jointly.tests + others.jointly)),
         column_nulls=tuple(_measure_column_null(losses, together, *item) for item in suspects.columns.items()),
         doses=report_doses(losses, together, doses),
     )
@@ -174,12 +172,10 @@ class _Judge:
         return "needed jointly" if name in self.jointly else "inert"
 
 
-def _find_core(losses: Losses[Coordinate], suspects: Suspects, bars: EffectBars) -> Zeroed:
-    """Find the scalars whose zeroing clearly adds more to zeroing all other candidates than it does alone."""
-    together = suspects.together
-    judged = [name for name in suspects.names if name not in bars.unjudged]
-    added = {n: (together | {n}, (together - {n}, frozenset({n}))) for n in judged}
-    return find_clear(losses, added, lambda name: bars.joint([name]))
+def _list_added(together: Zeroed, judged: Sequence[Coordinate]) -> dict[Coordinate, Contrast[Coordinate]]:
+    """List what zeroing each scalar adds to zeroing all other candidates, beyond its effect alone."""
+    contrasts = ((n, (together | {n}, (together - {n}, frozenset({n})))) for n in judged if together - {n})
+    return dict(contrasts)
 
 
 def _measure_column_null(

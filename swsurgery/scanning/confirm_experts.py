@@ -18,7 +18,7 @@ from typing import NamedTuple
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.checkpoint.projections import list_down_projections
 from swsurgery.model.forward import LayeredModel
-from swsurgery.scanning.causal_report import Verdict
+from swsurgery.scanning.causal_report import Families, Verdict
 from swsurgery.scanning.causal_test import (
     CONTEXT_NULLS,
     DEFAULT_OPTIONS,
@@ -27,12 +27,11 @@ from swsurgery.scanning.causal_test import (
     NullTexts,
     Windows,
     compute_floors,
-    find_clear,
-    find_joint_sets,
     list_conditions,
     refuse_untestable,
     report_too_few_windows,
 )
+from swsurgery.scanning.clear_effects import find_clear, find_jointly
 from swsurgery.scanning.expert_report import (
     ExpertCandidate,
     ExpertConfirmation,
@@ -85,20 +84,18 @@ def confirm_experts(
     say = report_too_few_windows(losses, options.say)
     floor, joint_floor = compute_floors(losses, plan.together, plan.null, plan.crowded, _NULL_TEXTS, say)
     together = plan.together
-    alone = find_clear(losses, {name: (frozenset({name}), ()) for name in names}, lambda name: floor)
-    added = {name: (together, (together - {name}, frozenset({name}))) for name in names}
-    core = find_clear(losses, added, lambda name: joint_floor)
-    groups = list(dict.fromkeys([*plan.pairs, core] if len(core) > 1 else plan.pairs))
-    losses.measure(groups, options.progress)
-    joint = find_joint_sets(losses, groups, lambda group: joint_floor)
-    jointly = core.union(*joint)
+    others = options.others
+    single = {name: (frozenset({name}), ()) for name in names}
+    alone = find_clear(losses, single, lambda name: floor, others.alone)
+    added = {name: (together, (together - {name}, frozenset({name}))) for name in names} if len(names) > 1 else {}
+    jointly = find_jointly(losses, added, plan.pairs, lambda group: joint_floor, others.jointly, options.progress)
 
     def decide(name: ExpertName) -> Verdict:
         if not losses.enough:
             return "untested"
         if name in alone:
             return "needed alone"
-        return "needed jointly" if name in jointly else "inert"
+        return "needed jointly" if name in jointly.units else "inert"
 
     trials = [
         ExpertTrial(
@@ -113,11 +110,11 @@ def confirm_experts(
         trials=tuple(trials),
         together=losses.effect(together),
         joint_sets=tuple(
-            ExpertJointSet(tuple(sorted(group, key=names.index)), losses.effect(group)) for group in joint
+            ExpertJointSet(tuple(sorted(group, key=names.index)), losses.effect(group)) for group in jointly.joint_sets
         ),
         null=tuple(losses.effect(frozenset({name})).ratio for name in plan.null),
         joint_null=tuple(losses.effect(group).ratio for group in plan.joint_null),
-        **list_conditions(losses),
+        **list_conditions(losses, Families(len(names) + others.alone, jointly.tests + others.jointly)),
     )
 
 

@@ -20,7 +20,7 @@ from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.checkpoint.projections import find_down_projection, list_down_projections
 from swsurgery.errors import Unrunnable
 from swsurgery.model.forward import LayeredModel
-from swsurgery.scanning.causal_report import Verdict
+from swsurgery.scanning.causal_report import Families, Verdict
 from swsurgery.scanning.causal_test import (
     DEFAULT_OPTIONS,
     CausalOptions,
@@ -28,11 +28,11 @@ from swsurgery.scanning.causal_test import (
     Say,
     Windows,
     compute_floors,
-    find_clear,
     list_conditions,
     refuse_untestable,
     report_too_few_windows,
 )
+from swsurgery.scanning.clear_effects import find_clear
 from swsurgery.scanning.losses import Losses
 from swsurgery.scanning.part_report import ModelPart, PartConfirmation, PartKind, PartName, PartTrial
 from swsurgery.scanning.parts import locate_part
@@ -55,6 +55,11 @@ def choose_testable(model: LayeredModel, parts: Sequence[ModelPart], say: Say) -
         else:
             chosen.append(part)
     return chosen
+
+
+def count_tests(parts: Sequence[ModelPart]) -> Families:
+    """Count the effects that `confirm_parts` tests."""
+    return Families(len(parts), len(parts) if len(parts) > 1 else 0)
 
 
 def confirm_parts(
@@ -81,9 +86,11 @@ def confirm_parts(
     say = report_too_few_windows(losses, options.say)
     floors = {key: compute_floors(losses, together, group, (), _NULL_TEXTS, say)[0] for key, group in drawn.items()}
     bars = {name: floors[name.kind, name.layer] for name in names}
-    alone = find_clear(losses, {name: (frozenset({name}), ()) for name in names}, bars.__getitem__)
+    others = options.others
+    single = {name: (frozenset({name}), ()) for name in names}
+    alone = find_clear(losses, single, bars.__getitem__, others.alone)
     added = {name: (together, (together - {name}, frozenset({name}))) for name in names} if len(names) > 1 else {}
-    jointly = find_clear(losses, added, bars.__getitem__)
+    jointly = find_clear(losses, added, bars.__getitem__, others.jointly)
 
     def decide(name: PartName) -> Verdict:
         if not losses.enough:
@@ -103,7 +110,7 @@ def confirm_parts(
         together=losses.effect(together),
         joint_sets=(),
         null=tuple(losses.effect(frozenset({name})).ratio for name in every),
-        **list_conditions(losses),
+        **list_conditions(losses, Families(len(names) + others.alone, len(added) + others.jointly)),
         part_nulls=tuple(
             (*key, tuple(losses.effect(frozenset({name})).ratio for name in group)) for key, group in drawn.items()
         ),

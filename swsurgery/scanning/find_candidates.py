@@ -106,9 +106,10 @@ def _refuse_text(checkpoint: Checkpoint, options: RunOptions) -> None:
 
 def _confirm(found: Scan, checkpoint: Checkpoint, options: RunOptions, reporter: Reporter) -> Scan:
     """Measure the effects of zeroing the scalars that a scan found, and the parts that create activations."""
+    from swsurgery.scanning.causal_report import Families
     from swsurgery.scanning.causal_test import CausalOptions, open_bench
     from swsurgery.scanning.confirm import confirm_scalars
-    from swsurgery.scanning.confirm_parts import choose_testable, confirm_parts
+    from swsurgery.scanning.confirm_parts import choose_testable, confirm_parts, count_tests
     from swsurgery.scanning.parts import list_parts
 
     suspects, (_, said) = (*found.candidates, *found.removers), list_parts(checkpoint, found.activations)
@@ -117,10 +118,14 @@ def _confirm(found: Scan, checkpoint: Checkpoint, options: RunOptions, reporter:
     causal = CausalOptions(progress=Rounds(reporter, "confirmation round"), say=said.append)
     with add_remedy("leave out --confirm"), open_bench(checkpoint, options, said.append) as bench:
         parts = choose_testable(bench.model, found.parts, said.append)
-        of_scalars = bench.run(confirm_scalars, suspects, causal) if suspects else None
-        of_parts = bench.run(confirm_parts, parts, causal) if parts else None
+        of_parts = count_tests(parts)
+        first = dataclasses.replace(causal, others=of_parts)
+        scalar_test = bench.run(confirm_scalars, suspects, first) if suspects else None
+        others = scalar_test.families.subtract(of_parts) if scalar_test else Families()
+        second = dataclasses.replace(causal, others=others)
+        part_test = bench.run(confirm_parts, parts, second) if parts else None
     notes = (*found.notes, *dict.fromkeys(said))
-    return dataclasses.replace(found, confirmation=of_scalars, part_confirmation=of_parts, notes=notes)
+    return dataclasses.replace(found, confirmation=scalar_test, part_confirmation=part_test, notes=notes)
 
 
 def _confirm_experts(found: ExpertScan, checkpoint: Checkpoint, options: RunOptions, reporter: Reporter) -> ExpertScan:

@@ -1,27 +1,21 @@
-"""Rows, neurons and experts that create an activation are zeroed and compared with others, and verdicts control for the
-number of candidates."""
+"""Parts of the model that create an activation are zeroed, and compared with others."""
 
 from __future__ import annotations
 
 import json
 import math
-import random
-from pathlib import Path
 
 import pytest
 import torch
 from planted import Place, build, opened, plant, weights_of
 
 from swsurgery.errors import ModelError
-from swsurgery.model.intervals import compute_mean_interval
 from swsurgery.scanning.activation_report import Cause, ExpertShare, PersistentActivation
-from swsurgery.scanning.causal_test import CausalOptions, find_clear
+from swsurgery.scanning.causal_test import CausalOptions
 from swsurgery.scanning.confirm_parts import choose_testable, confirm_parts
-from swsurgery.scanning.losses import Gain
 from swsurgery.scanning.part_report import ModelPart, PartName
 from swsurgery.scanning.parts import MAX_PARTS, list_parts
 
-LOSSES = Path(__file__).parent.parent / "assets" / "window_losses.json"
 WINDOWS = [[(seed * 7 + place * 3) % 31 for place in range(9)] for seed in range(8)]
 
 
@@ -185,35 +179,3 @@ def test_too_little_text_and_no_parts(tmp_path):
     assert test.trials[0].verdict == "untested" and said[0].startswith("too little text")
     with pytest.raises(ModelError, match="nothing to confirm"):
         confirm_parts(layered, [], WINDOWS)
-
-
-class DrawnLosses:
-    """Losses of units without any effect: differences of recorded window losses from their mean, drawn at random."""
-
-    def __init__(self, pool: list[float], units: int, windows: int, dice: random.Random):
-        self.extra = {frozenset({unit}): dice.choices(pool, k=windows) for unit in range(units)}
-
-    def gain(self, group, parts=(), confidence=0.95) -> Gain:
-        return Gain(*compute_mean_interval(self.extra[group], [1.0] * len(self.extra[group]), confidence))
-
-
-def test_false_verdicts_are_as_rare_for_many_candidates_as_for_one():
-    """No unit has an effect, and the bar is zero, which is harder than the bar of a real test."""
-    recorded = json.loads(LOSSES.read_text())
-    series = [values for values in _list_series(recorded) if len(values) == 256]
-    pool = [a - b for a, b in zip(series[1], series[0], strict=True)]
-    mean = sum(pool) / len(pool)
-    pool = [value - mean for value in pool]
-    dice = random.Random(0)
-    units, runs = 12, 2000
-    tests = {unit: (frozenset({unit}), ()) for unit in range(units)}
-    wrong = sum(bool(find_clear(DrawnLosses(pool, units, 16, dice), tests, lambda unit: 0.0)) for _ in range(runs))
-    assert wrong / runs <= 0.025  # the share of a single one-sided test
-
-
-def _list_series(value: object) -> list[list[float]]:
-    """List all lists of numbers in a JSON value."""
-    if isinstance(value, list) and value and all(isinstance(one, float) for one in value):
-        return [value]
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
-    return [series for one in inner for series in _list_series(one)]

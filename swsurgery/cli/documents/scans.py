@@ -222,6 +222,13 @@ class RunConditions(DocumentPart):
     device: str
 
 
+class FamiliesItem(DocumentPart):
+    """The numbers of effects that the scan tested, zeroed alone and jointly. Holm's method corrects for each number."""
+
+    alone: int
+    jointly: int
+
+
 class ConfirmationItem(RunConditions):
     """The conditions of the causal test, the effect of zeroing all candidates, and the ratios of random ones.
 
@@ -235,6 +242,7 @@ class ConfirmationItem(RunConditions):
     joint_null_ratios: list[PlainNumber] = ABSENT
     part_nulls: list[PartNullItem] = ABSENT
     base_perplexity: PlainNumber
+    families: FamiliesItem
 
 
 class PartItem(DocumentPart):
