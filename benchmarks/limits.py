@@ -5,6 +5,7 @@ The other benchmarks call these functions, so that each table states the limits 
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 import time
@@ -13,6 +14,10 @@ from pathlib import Path
 
 PIECE = 8 << 20
 """Number of bytes that one call of `preadv` reads."""
+
+ROOM = 64 << 20
+"""Size of the memory of a thread, which it fills again and again: larger than its share of the processor's cache, as
+the memory for a whole model is."""
 
 
 def measure_reads(files: Sequence[Path], threads: int, most: int = 16 << 30) -> float:
@@ -23,15 +28,16 @@ def measure_reads(files: Sequence[Path], threads: int, most: int = 16 << 30) -> 
     lock = threading.Lock()
 
     def read() -> None:
-        buffer = bytearray(PIECE)
-        buffer[::4096] = b"\1" * len(range(0, PIECE, 4096))  # so that the memory exists before the clock starts
+        memory = bytearray(ROOM)
+        memory[::4096] = b"\1" * len(range(0, ROOM, 4096))  # so that the memory exists before the clock starts
+        rooms = itertools.cycle(memoryview(memory)[at : at + PIECE] for at in range(0, ROOM, PIECE))
         barrier.wait()
         while True:
             with lock:
                 piece = next(waiting, None)
             if piece is None:
                 return
-            os.preadv(opened[piece[0]], [buffer], piece[1])
+            os.preadv(opened[piece[0]], [next(rooms)], piece[1])
 
     barrier = threading.Barrier(threads + 1)
     workers = [threading.Thread(target=read) for _ in range(threads)]

@@ -63,9 +63,8 @@ class Clock(Silent):
     def advance(self, n):
         self.layers.append((time.perf_counter(), n))
 PLACE = Coordinate("model.layers.2.mlp.down_proj.weight", (17, 90))
-size = sum(file.stat().st_size for file in folder.iterdir())
-for thread in wake.start_device(device, torch.float16, size):  # the product does this during the imports
-    thread.join()
+shapes = open_checkpoint(folder).shapes.values()
+wake.prepare_device(device, "streamed", torch.float16, shapes)  # the product does this during the imports
 begin = time.perf_counter()
 model = load.open_model(open_checkpoint(folder), device=device, placement="streamed", say=sys.exit)
 variants = [{PLACE: 3.5}, {}] if device == "cuda" else [{}]

@@ -30,6 +30,11 @@ class Pool:
                 thread.start()
                 self._threads.append(thread)
 
+    @property
+    def started(self) -> bool:
+        """True if the pool has a thread."""
+        return bool(self._threads)
+
     def submit(self, call: Callable[P, R], *arguments: P.args, **named: P.kwargs) -> Future[R]:
         """Schedule a call and return its future. Without threads, make the call now and raise its exception."""
         future: Future[R] = Future()

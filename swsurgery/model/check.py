@@ -92,7 +92,11 @@ def run_checks(
     prompts = PROMPTS if prompts is None else prompts
     _compare(checkpoint, changes)
     words = start_up_and_tokenize(
-        checkpoint, device, progress or Silent(), lambda: _tokenize(checkpoint.directory, text, prompts, protocol)
+        checkpoint,
+        device,
+        placement,
+        progress or Silent(),
+        lambda: _tokenize(checkpoint.directory, text, prompts, protocol),
     )
     import torch
     import transformers

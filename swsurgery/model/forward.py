@@ -55,13 +55,9 @@ from swsurgery.model.places import Places, find_decoder_layers
 from swsurgery.model.readings import divide_sequences
 from swsurgery.model.slots import WeightPlan
 from swsurgery.model.variant import AnyVariant, Rounding, Variant
-from swsurgery.model.wake import ATTENTION
+from swsurgery.model.wake import ATTENTION, TOKENS_AT_ONCE, TOKENS_ON_GPU
 from swsurgery.model.weight_plan import plan_tensors
 from swsurgery.progress import NumberedPart, Progress, Silent
-
-TOKENS_AT_ONCE, GPU_FACTOR = 2048, 4
-"""Maximum number of tokens in one call of a layer. On a GPU that holds all weights it is GPU_FACTOR times as large: a
-small layer takes less time to compute there than Python needs to call it. More tokens would gain no speed."""
 
 
 class LayeredModel:
@@ -173,8 +169,8 @@ class LayeredModel:
 
     def count_rows(self, tokens: int) -> int:
         """Return how many rows of so many tokens a layer computes in one call."""
-        factor = GPU_FACTOR if self.device.type == "cuda" and self.weights is None else 1
-        return 1 if self._one_by_one else max(1, factor * TOKENS_AT_ONCE // tokens)
+        most = TOKENS_ON_GPU if self.device.type == "cuda" and self.weights is None else TOKENS_AT_ONCE
+        return 1 if self._one_by_one else max(1, most // tokens)
 
     def plan_variant(self, variant: Variant) -> WeightPlan | Literal["apart"] | None:
         """Find the parameters that the tensors of a variant change; "apart" if it must be a model of its own.
@@ -220,8 +216,8 @@ class LayeredModel:
         if self._layered is None:
             try:
                 with torch.no_grad(), self._outside():
-                    _, calls = self._rehearse(ids)
-                    _, others = self._rehearse(ids[::-1])
+                    _, calls = self._rehearse(ids, len(self.layers))
+                    _, others = self._rehearse(ids[::-1], len(self.layers))
                 self._layered = len(calls) == len(self.layers) and is_same_calls(calls, others)
                 self._one_by_one = any(
                     leaf.dim() > 1 and len(leaf) != 1 for leaf in list_leaves(calls) if isinstance(leaf, Tensor)
@@ -301,7 +297,8 @@ class LayeredModel:
         for index in columns.list_first():
             with others.swap_outside(index), self.places.swap(variants[index].scalars, None):
                 for number, ids in sequences.items():
-                    hidden, calls[len(ids)] = self._rehearse(ids)
+                    hidden, found = self._rehearse(ids, 1 if len(ids) in calls else len(self.layers))
+                    calls.setdefault(len(ids), found)
                     rows[number].append(hidden[0])
         return [
             Group(numbers, calls[length], torch.stack([torch.stack(rows[number]) for number in numbers]))
@@ -335,11 +332,11 @@ class LayeredModel:
                 watch.after(number, named, hidden)
             group.state[at, column] = hidden
 
-    def _rehearse(self, ids: Sequence[int]) -> tuple[Tensor, list[Call]]:
-        """Run the model on one sequence with stand-ins for its layers.
+    def _rehearse(self, ids: Sequence[int], most: int) -> tuple[Tensor, list[Call]]:
+        """Run the model on one sequence with stand-ins for its layers, up to layer `most`.
 
-        Returns the hidden states (1, tokens, channels) that enter the first layer, and the other arguments of each
-        layer. Raises Unknown if the model does not call every layer once, in a form that `calls.py` supports.
+        Returns the hidden states (1, tokens, channels) that enter the first layer, and the other arguments of each of
+        these layers. Raises Unknown if the model does not call every layer once, in a form that `calls.py` supports.
         """
         entered: list[Tensor] = []
         calls: list[Call] = []
@@ -351,7 +348,7 @@ class LayeredModel:
                 calls.append(call)
                 if self._returned is None:
                     self._returned = self._try_layer(number, layer, hidden, call)
-                if len(calls) == len(self.layers):
+                if len(calls) == most:
                     raise _Rehearsed
                 return replace_hidden(self._returned, hidden)
 
@@ -359,7 +356,7 @@ class LayeredModel:
 
         with replace_forwards(self.layers, stand_in), contextlib.suppress(_Rehearsed):
             self.model(input_ids=self._tokens(ids), use_cache=False)
-        if len(calls) != len(self.layers):
+        if len(calls) != most:
             raise Unknown
         return entered[0], calls
 

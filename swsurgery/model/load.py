@@ -11,7 +11,6 @@ import contextlib
 import copy
 import io
 import logging as python_logging
-import math
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -51,11 +50,9 @@ from swsurgery.model.stream import StreamedWeights
 from swsurgery.model.tokenizer import Tokenizer
 from swsurgery.model.torch_dtypes import get_streamed_dtype
 from swsurgery.model.transformers_private import AutoClass, get_language_model_class, no_init_weights, serve_metadata
+from swsurgery.model.wake import is_comfortable
 from swsurgery.model.weight_plan import plan_weights
 from swsurgery.storage.memory import measure_available_memory
-
-COMFORTABLE_SHARE = 0.6
-"""Maximum share of a device's free memory that float32 weights may fill. The rest is left for logits."""
 
 
 @contextlib.contextmanager
@@ -119,13 +116,13 @@ def open_model(
 ) -> LayeredModel:
     """Open the model of `checkpoint` in evaluation mode on `device`, which is a name that `pick_device` accepts.
 
-    With `placement` "whole", all weights are on the device. They are in float32 if they then fill at most
-    COMFORTABLE_SHARE of its free memory, else in the dtype of config.json. With "streamed", the weights of two layers
-    at a time are on the device, in the dtype of config.json; "cuda" without a number then means all CUDA devices in
-    turn. "auto" means "whole" if the weights are small enough for float32, else "streamed". A model that cannot be
-    streamed is loaded whole, and `say` receives a line about it. If the checkpoint also has a single weight file and
-    the user chose the index, the model is always streamed, because transformers would load the single file. A quantised
-    model is loaded whole by its quantiser, in the dtype of config.json.
+    With `placement` "whole", all weights are on the device. They are in float32 if `wake.is_comfortable` allows it,
+    else in the dtype of config.json. With "streamed", the weights of two layers at a time are on the device, in the
+    dtype of config.json; "cuda" without a number then means all CUDA devices in turn. "auto" means "whole" if the
+    weights are small enough for float32, else "streamed". A model that cannot be streamed is loaded whole, and `say`
+    receives a line about it. If the checkpoint also has a single weight file and the user chose the index, the model is
+    always streamed, because transformers would load the single file. A quantised model is loaded whole by its
+    quantiser, in the dtype of config.json.
 
     Raises ModelError if transformers cannot load the model, if weights are missing (transformers would initialise them
     at random) or if memory is insufficient.
@@ -136,8 +133,7 @@ def open_model(
     refuse_uninstalled(directory)
     target = pick_device(device)
     quantised = find_method(checkpoint.config) is not None
-    elements = sum(math.prod(shape) for shape in checkpoint.shapes.values())
-    comfortable = elements * 4 <= COMFORTABLE_SHARE * _measure_free_bytes(target)
+    comfortable = is_comfortable(checkpoint.shapes.values(), _measure_free_bytes(target))
     aside = checkpoint.choice == "index"
     if aside and placement == "whole":
         what = f"transformers would load {checkpoint.single}, not the shards that the index lists"

@@ -12,9 +12,10 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from swsurgery.model.filling import Job
 from swsurgery.model.slots import Slot, WeightPlan
 from swsurgery.model.stream import set_parameters
-from swsurgery.model.weight_reader import Job, Loader, WeightReader
+from swsurgery.model.weight_reader import Loader, WeightReader
 
 
 class OtherTensors:

@@ -28,19 +28,23 @@ MOST_THREADS = 4
 """Maximum number of threads that read shards ahead: enough to keep a disk busy."""
 
 
-def start_up(checkpoint: Checkpoint, device: str, progress: Progress) -> None:
+def start_up(checkpoint: Checkpoint, device: str, placement: model.Placement, progress: Progress) -> None:
     """Start everything that running a model needs, as `start_up_and_tokenize` does, but tokenize no text."""
-    start_up_and_tokenize(checkpoint, device, progress, lambda: None)
+    start_up_and_tokenize(checkpoint, device, placement, progress, lambda: None)
 
 
 def start_up_and_tokenize(
-    checkpoint: Checkpoint, device: str, progress: Progress, tokenize: Callable[[], Result]
+    checkpoint: Checkpoint,
+    device: str,
+    placement: model.Placement,
+    progress: Progress,
+    tokenize: Callable[[], Result],
 ) -> Result:
     """Start everything that running the model of `checkpoint` needs, and import torch and transformers.
 
-    `device` is a name that `load.pick_device` accepts. `tokenize` is called in another thread during the imports, and
-    its result is returned. `progress` receives the start of a task called LOADING, which ends when the next task
-    begins.
+    `device` is a name that `load.pick_device` accepts, and `placement` has the meaning of `load.open_model`. `tokenize`
+    is called in another thread during the imports, and its result is returned. `progress` receives the start of a task
+    called LOADING, which ends when the next task begins.
 
     Raises Unrunnable if a library is missing or broken, if the directory contains no model that can be run, or if the
     memory is insufficient; and the errors of `tokenize`.
@@ -59,7 +63,7 @@ def start_up_and_tokenize(
         tokenized = pool.submit(tokenize)
         threads = min(MOST_THREADS, len(os.sched_getaffinity(0)) // 2)
         read_ahead([shard.file for shard in checkpoint.shards.values()], max(1, threads))
-        _wait_for_imports(pool, checkpoint, device)
+        _wait_for_imports(pool, checkpoint, device, placement)
         from swsurgery.model import load
 
         with load.explain_tokenizer(checkpoint.directory):
@@ -73,31 +77,38 @@ def _find_dtype(checkpoint: Checkpoint) -> str:
     return next((info.dtype.name for shard in checkpoint.shards.values() for info in shard.tensors.values()), "F32")
 
 
-def _wait_for_imports(pool: Pool, checkpoint: Checkpoint, device: str) -> None:
+def _wait_for_imports(pool: Pool, checkpoint: Checkpoint, device: str, placement: model.Placement) -> None:
     """Import torch and transformers on two threads, because much of the time is spent on finding and reading files.
 
-    The device is made ready for the layers of `checkpoint`. The main thread only waits: a signal that arrives within an
-    import can be lost, or leave a lock of the import system locked. Raises Unrunnable if a library is broken, or if the
-    memory is insufficient.
+    As soon as torch is imported, the device is made ready for the layers of `checkpoint`. The main thread imports
+    nothing itself: a signal that arrives within an import can be lost, or leave a lock of the import system locked.
+    Raises Unrunnable if a library is broken, or if the memory is insufficient.
     """
-    errors = [pool.submit(_import_torch, checkpoint, device), pool.submit(_import_transformers)]
-    for error in [future.result() for future in errors]:  # an error of torch causes others in transformers
-        if error is not None and is_memory_shortage(error):
-            raise Unrunnable("not enough memory", "torch cannot be loaded", "raise the limit on memory") from error
-        if error is not None:
-            what = f"torch or transformers cannot be imported: {type(error).__name__}"
-            raise Unrunnable(what, error, "install them again") from error
+    torch, transformers = pool.submit(_import_torch), pool.submit(_import_transformers)
+    _refuse_broken(torch.result())  # an error of torch causes others in transformers
+    from swsurgery.model import wake
+    from swsurgery.model.torch_dtypes import get_streamed_dtype
+
+    dtype, shapes = get_streamed_dtype(_find_dtype(checkpoint)), checkpoint.shapes.values()
+    wake.prepare_device(device, placement, dtype, shapes)
+    _refuse_broken(transformers.result())
 
 
-def _import_torch(checkpoint: Checkpoint, device: str) -> Exception | None:
-    """Import torch and start CUDA. Return the error of a broken installation."""
+def _refuse_broken(error: Exception | None) -> None:
+    """Raise Unrunnable if an import has ended with an error."""
+    if error is not None and is_memory_shortage(error):
+        raise Unrunnable("not enough memory", "torch cannot be loaded", "raise the limit on memory") from error
+    if error is not None:
+        what = f"torch or transformers cannot be imported: {type(error).__name__}"
+        raise Unrunnable(what, error, "install them again") from error
+
+
+def _import_torch() -> Exception | None:
+    """Import torch and the modules that start CUDA. Return the error of a broken installation."""
     try:
-        from swsurgery.model import wake
-        from swsurgery.model.torch_dtypes import get_streamed_dtype
+        from swsurgery.model import torch_dtypes, wake  # noqa: F401
     except Exception as error:  # noqa: BLE001 (installed but broken: a shared library may be missing)
         return error
-    size = sum(shard.size for shard in checkpoint.shards.values())
-    wake.start_device(device, get_streamed_dtype(_find_dtype(checkpoint)), size)
     return None
 
 

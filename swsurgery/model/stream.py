@@ -9,13 +9,15 @@ Several devices take the layers in turn. The embedding stays in memory during a 
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from swsurgery.model.filling import Buffer, Filling, Job
 from swsurgery.model.slots import Slot, WeightPlan, compute_layout
-from swsurgery.model.weight_reader import Buffer, Filling, Job, Loader, WeightReader
+from swsurgery.model.weight_reader import Loader, WeightReader
 
 
 class StreamedWeights:
@@ -41,6 +43,7 @@ class StreamedWeights:
     def start(self) -> None:
         """Begin to read the weights that a run needs first: the embedding and the first layers."""
         if self._embedding is None:
+            self._stop()  # layers that are read ahead could hold all pinned memory until the embedding has been used
             job = Job(self._rest, self.devices[0])
             self._embedding = self._open().request(job, Buffer(job.size, job.device))
         if self._loader is None:
@@ -80,7 +83,8 @@ class StreamedWeights:
         yield self.devices[0]
 
     def __del__(self) -> None:
-        self.close()  # for a model that was opened but never run
+        if not sys.is_finalizing():  # the threads no longer run when Python ends
+            self.close()  # for a model that was opened but never run
 
     def close(self) -> None:
         """Stop reading ahead and free all memory. Layers can be loaded again afterwards."""

@@ -54,6 +54,8 @@ JOINED = {
 """Parameters that transformers makes by joining several stored tensors, as (the axis, the endings of the stored names
 in order)."""
 
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+"""The number of a layer or of an expert in the name of a tensor."""
 
 _Holder = tuple[str, nn.Module, str]
 """One occurrence of a tensor in the model: the tensor's full name, its module, and its name in that module."""
@@ -65,10 +67,10 @@ def plan_weights(model: PreTrainedModel, layers: Sequence[nn.Module], checkpoint
     Raises ModelError if a needed weight is not stored, or is stored in a form that only transformers can load.
     """
     planner = _Planner(model, layers)
-    prefixes = ("", *name_prefixes(checkpoint.config))
+    finder = _Finder(checkpoint)
     for holders in _list_tensors(model, _find_needed_modules(model)):
         path, module, name = holders[0]
-        forms = _find_stored_forms(holders, getattr(module, name).shape, checkpoint, prefixes)
+        forms = finder.find_forms(holders, getattr(module, name).shape)
         if not forms:
             if HEAD_NAMES & set(path.split(".")) and not any(HEAD_NAMES & set(t.split(".")) for t in checkpoint.shapes):
                 raise make_missing_error([path], checkpoint.directory)
@@ -91,14 +93,14 @@ def plan_tensors(
     ModelError if the parameter of a tensor is not known, or if it is stored in a form that only transformers can load.
     """
     planner = _Planner(model, layers)
-    prefixes = ("", *name_prefixes(checkpoint.config))
+    finder = _Finder(checkpoint)
     needed = _find_needed_modules(model)
     unknown = set(tensors)
     for holders in _list_tensors(model):
         _, module, name = holders[0]
         forms: list[_Form] = []
         with contextlib.suppress(ModelError):  # a quantised tensor, which matters only if it is one of `tensors`
-            forms = _find_stored_forms(holders, getattr(module, name).shape, checkpoint, prefixes)
+            forms = finder.find_forms(holders, getattr(module, name).shape)
         stored = {part.tensor for _, parts in forms for part in parts}
         if stored.isdisjoint(tensors):
             continue
@@ -122,8 +124,11 @@ class _Planner:
 
     @property
     def plan(self) -> WeightPlan:
-        """The plan of all slots added so far."""
-        return WeightPlan(tuple(tuple(slots) for slots in self._in_layers), tuple(self._outside))
+        """The plan of all slots added so far. The slots of each layer are in the order in which they are stored."""
+        layers = (
+            sorted(slots, key=lambda slot: (str(slot.parts[0].file), slot.parts[0].offset)) for slots in self._in_layers
+        )
+        return WeightPlan(tuple(tuple(slots) for slots in layers), tuple(self._outside))
 
     def add(self, holders: Sequence[_Holder], forms: Sequence[_Form]) -> None:
         """Add the slots of one tensor, which is stored in at least one form.
@@ -173,12 +178,56 @@ _Form = tuple[str, tuple[Part, ...]]
 """One stored form of a tensor: the name under which the model holds it, and the parts."""
 
 
-def _find_stored_forms(
-    holders: Sequence[_Holder], shape: torch.Size, checkpoint: Checkpoint, prefixes: Sequence[str]
-) -> list[_Form]:
-    """Find the stored bytes of a tensor under each of its names. A tied tensor is usually stored under one name."""
-    found = [(path, _find_parts(path, shape, checkpoint, prefixes)) for path, _, _ in holders]
-    return [(path, parts) for path, parts in found if parts]
+class _Finder:
+    """Finds the stored bytes of parameters in one checkpoint."""
+
+    def __init__(self, checkpoint: Checkpoint):
+        self._checkpoint = checkpoint
+        self._prefixes = ("", *name_prefixes(checkpoint.config))
+        self._as_stored: dict[tuple[str, str, tuple[int, ...]], bool] = {}
+
+    def find_forms(self, holders: Sequence[_Holder], shape: torch.Size) -> list[_Form]:
+        """Find the stored bytes of a tensor under each of its names. A tied tensor is usually stored under one name."""
+        found = [(path, self._find_parts(path, shape)) for path, _, _ in holders]
+        return [(path, parts) for path, parts in found if parts]
+
+    def _find_parts(self, path: str, shape: torch.Size) -> tuple[Part, ...]:
+        """Find the stored bytes of one parameter.
+
+        Returns an empty tuple if the checkpoint has no tensor of a suitable name and shape.
+        """
+        checkpoint = self._checkpoint
+        longest = max((prefix for prefix in self._prefixes if path.startswith(prefix)), key=len)
+        bare = path.removeprefix(longest)
+        names = [prefix + rest for rest in dict.fromkeys((path, bare)) for prefix in ("", longest, *self._prefixes)]
+        names = list(dict.fromkeys(names + [n.replace(*pair) for n in names for pair in RENAMED if pair[0] in n]))
+        for name in names:
+            if checkpoint.shapes.get(name) == tuple(shape) and self._is_as_stored(name, path):
+                return (_locate_part(name, 0, checkpoint),)
+        for ending, choices in STACKED.items():
+            for name in names:
+                if name.endswith(ending) and len(shape) == 3:
+                    stem = name.removesuffix(ending) + "experts."
+                    for parts in choices:
+                        found = _find_stacked(stem, parts, shape, checkpoint)
+                        if found:
+                            return found
+        for ending, (axis, endings) in JOINED.items():
+            for name in names:
+                stored = [name.removesuffix(ending) + one for one in endings]
+                if name.endswith(ending) and (found := _find_joined(stored, axis, shape, checkpoint)):
+                    return found
+        return ()
+
+    def _is_as_stored(self, name: str, path: str) -> bool:
+        """Return True if transformers loads the stored tensor `name` as the parameter `path` without transposing it.
+
+        Only down projections are known to be transposed, in all layers or in none.
+        """
+        kind = (_NUMBER.sub("", name), _NUMBER.sub("", path), self._checkpoint.shapes[name])
+        if kind not in self._as_stored:
+            self._as_stored[kind] = _is_as_stored(name, path, self._checkpoint)
+        return self._as_stored[kind]
 
 
 def _is_both_floating(one: torch.dtype, other: torch.dtype) -> bool:
@@ -195,34 +244,6 @@ def _find_loaded_dtype(model: PreTrainedModel, path: str, tensor: Tensor) -> tor
     if tensor.is_floating_point() and any(re.search(rf"(?:^|\.){re.escape(name)}(?:$|\.)", path) for name in kept):
         return torch.float32
     return tensor.dtype
-
-
-def _find_parts(path: str, shape: torch.Size, checkpoint: Checkpoint, prefixes: Sequence[str]) -> tuple[Part, ...]:
-    """Find the stored bytes of one parameter.
-
-    Returns an empty tuple if the checkpoint has no tensor of a suitable name and shape.
-    """
-    longest = max((prefix for prefix in prefixes if path.startswith(prefix)), key=len)
-    bare = path.removeprefix(longest)
-    names = [prefix + rest for rest in dict.fromkeys((path, bare)) for prefix in ("", longest, *prefixes)]
-    names = list(dict.fromkeys(names + [n.replace(*pair) for n in names for pair in RENAMED if pair[0] in n]))
-    for name in names:
-        if checkpoint.shapes.get(name) == tuple(shape) and _is_as_stored(name, path, checkpoint):
-            return (_locate_part(name, 0, checkpoint),)
-    for ending, choices in STACKED.items():
-        for name in names:
-            if name.endswith(ending) and len(shape) == 3:
-                stem = name.removesuffix(ending) + "experts."
-                for parts in choices:
-                    found = _find_stacked(stem, parts, shape, checkpoint)
-                    if found:
-                        return found
-    for ending, (axis, endings) in JOINED.items():
-        for name in names:
-            stored = [name.removesuffix(ending) + one for one in endings]
-            if name.endswith(ending) and (found := _find_joined(stored, axis, shape, checkpoint)):
-                return found
-    return ()
 
 
 def _find_joined(names: Sequence[str], axis: int, shape: torch.Size, checkpoint: Checkpoint) -> tuple[Part, ...]:
@@ -276,10 +297,7 @@ def _has_same_bytes(one: Sequence[Part], other: Sequence[Part]) -> bool:
 
 
 def _is_as_stored(name: str, path: str, checkpoint: Checkpoint) -> bool:
-    """Return True if transformers loads the stored tensor `name` as the parameter `path` without transposing it.
-
-    Only down projections are known to be transposed.
-    """
+    """Decide what `_Finder._is_as_stored` returns."""
     index = tuple(range(len(checkpoint.shapes[name])))
     candidates = list_loaded_candidates(checkpoint.config, Coordinate(name, index), checkpoint.shapes)
     turned = [c for c in candidates if c.tensor == path and c.index != index]

@@ -78,7 +78,7 @@ def compare(
         entered = stack.enter_context(held(download_checkpoint(find_base(loaded[0], base))))
         checkpoint = read_checkpoint(entered, loaded[0].manifest.base)
         plans = [check_planned(make_plan(one, checkpoint), reporter) for one in loaded]
-        start_up(checkpoint, options.device, reporter)
+        start_up(checkpoint, options.device, options.placement, reporter)
         from swsurgery.scanning.measure_comparison import compare_plans
 
         found = compare_plans(

@@ -37,7 +37,7 @@ def find_candidates(
     by_weights = "--method weights without --confirm" if confirm else "--method weights"
     with add_remedy("leave out --confirm" if method == "weights" else by_weights):
         if method == "activations" or confirm:
-            start_up(checkpoint, options.device, reporter)
+            start_up(checkpoint, options.device, options.placement, reporter)
         if confirm:
             _refuse_text(checkpoint, options)
         if method == "activations":
@@ -86,7 +86,7 @@ def _find_experts(
     checkpoint: Checkpoint, prompts: Sequence[str] | None, confirm: bool, options: RunOptions, reporter: Reporter
 ) -> ExpertScan:
     """Scan an open checkpoint for super experts, and confirm the candidates if requested."""
-    start_up(checkpoint, options.device, reporter)
+    start_up(checkpoint, options.device, options.placement, reporter)
     from swsurgery.scanning.experts import scan_experts
 
     if confirm:

@@ -76,7 +76,7 @@ def sweep(
                 "no scalar is changed, so there is nothing to sweep", loaded.path, "add an edit other than protect"
             )
         compute_scaled_values(plan.checkpoint, coordinates, numbers, bool(plan.rewrites))  # refuses overflows
-        start_up(plan.checkpoint, options.device, reporter)
+        start_up(plan.checkpoint, options.device, options.placement, reporter)
         found = _measure(plan, numbers, options, reporter)
     found = dataclasses.replace(
         found,

@@ -32,7 +32,7 @@ class Recording(Silent):
 
 def test_the_text_is_tokenized_on_another_thread(pair: Pair) -> None:
     progress = Recording()
-    found = start_up_and_tokenize(open_checkpoint(pair.base), "cpu", progress, threading.get_ident)
+    found = start_up_and_tokenize(open_checkpoint(pair.base), "cpu", "auto", progress, threading.get_ident)
     assert found != threading.get_ident() and progress.labels == [LOADING]
     assert {"torch", "transformers"} <= set(sys.modules)
 
@@ -42,7 +42,7 @@ def test_an_error_of_the_tokenizer_is_raised(pair: Pair) -> None:
         raise Unrunnable("the tokenizer cannot be loaded: it is broken", pair.base)
 
     with pytest.raises(Unrunnable, match="it is broken"):
-        start_up_and_tokenize(open_checkpoint(pair.base), "cpu", Silent(), fail)
+        start_up_and_tokenize(open_checkpoint(pair.base), "cpu", "auto", Silent(), fail)
 
 
 def test_a_missing_tokenizer_is_named(pair: Pair) -> None:
@@ -50,7 +50,7 @@ def test_a_missing_tokenizer_is_named(pair: Pair) -> None:
     for file in pair.base.glob("tokenizer*"):
         file.unlink()
     with pytest.raises(ModelError, match="no tokenizer"):
-        start_up(checkpoint, "cpu", Silent())
+        start_up(checkpoint, "cpu", "auto", Silent())
 
 
 def test_a_broken_torch_is_one_line(pair: Pair, tmp_path: Path) -> None:
