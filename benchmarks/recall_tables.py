@@ -119,7 +119,8 @@ def format_share(hits: int, total: int) -> str:
     if not total:
         return "-"
     low, high = compute_wilson(hits, total)
-    return f"{hits}/{total} ({low:.2f} to {high:.2f})"
+    digits = 2 if total < 200 else 3
+    return f"{hits:,}/{total:,} ({low:.{digits}f} to {high:.{digits}f})"
 
 
 def make_tables(counts: dict[Case, Count], hybrids: Sequence[str]) -> Iterator[str]:

@@ -51,6 +51,7 @@ FAMILIES: tuple[Family, ...] = (
             *("cohere", "cohere2", "olmo", "olmo2", "olmo3", "gemma", "gemma2", "gemma3_text"),
             *("qwen2", "qwen2_vl", "qwen2_vl_text", "qwen2_5_vl", "qwen2_5_vl_text", "qwen3", "qwen3_vl_text"),
             *("qwen2_5_omni", "qwen2_5_omni_thinker", "qwen2_5_omni_text", "hunyuan_v1_dense"),
+            *("qwen3_5_text", "olmo_hybrid"),
         ),
         _MODEL,
         (_DENSE,),
@@ -108,7 +109,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "Mixtral",
-        ("mixtral", "phimoe"),
+        ("mixtral", "phimoe", "minimax"),
         _MODEL,
         (
             _W2_EXPERTS,
@@ -117,7 +118,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "Qwen-MoE",
-        ("qwen2_moe", "qwen3_moe"),
+        ("qwen2_moe", "qwen3_moe", "qwen3_next", "qwen3_5_moe_text"),
         _MODEL,
         (
             _DENSE,
@@ -128,7 +129,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "DeepSeek-V2 and V3",
-        ("deepseek_v2", "deepseek_v3"),
+        ("deepseek_v2", "deepseek_v3", "bailing_hybrid"),
         _MODEL,
         (
             _DENSE,
@@ -163,7 +164,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "Granite-MoE",
-        ("granitemoe", "granitemoeshared"),
+        ("granitemoe", "granitemoeshared", "granitemoehybrid"),
         _MODEL,
         (
             Template("routed", "layers.{layer}.block_sparse_moe.output_linear.weight", "expert row col", _FUSED_LINEAR),
@@ -212,7 +213,7 @@ FAMILIES: tuple[Family, ...] = (
         ),
     ),
     # InternLM2 has no class in transformers. Its modeling_internlm2.py computes w2(silu(w1(x)) * w3(x)).
-    Family("LFM2 and InternLM2", ("lfm2", "internlm2"), _MODEL, (_W2,)),
+    Family("LFM2 and InternLM2", ("lfm2", "lfm3", "internlm2"), _MODEL, (_W2,)),
     Family(
         "LFM2-MoE",
         ("lfm2_moe",),
@@ -232,6 +233,12 @@ FAMILIES: tuple[Family, ...] = (
             Template("routed", "layers.{layer}.feed_forward.experts.{expert}.down_proj.weight", "row col", _GATED),
             _STACKED_FF,
         ),
+    ),
+    Family(
+        "Bamba and Falcon-H1",
+        ("bamba", "falcon_h1"),
+        _MODEL,
+        (Template("dense", "layers.{layer}.feed_forward.down_proj.weight", "row col", _GATED),),
     ),
     # The published files have no "model.". transformers saves one, and the names of the published files after it.
     Family(

@@ -92,15 +92,18 @@ DENSE = [(0, None), (1, None)]
 ALL_EXPERTS = [(layer, expert) for layer in (0, 1) for expert in range(4)]
 DENSE_THEN_EXPERTS = [(0, None), (1, 0), (1, 1), (1, 2), (1, 3)]
 PLACES = {
-    **dict.fromkeys(("mixtral", "olmoe", "gpt_oss", "granitemoe", "longcat_flash"), ALL_EXPERTS),
+    **dict.fromkeys(("mixtral", "olmoe", "gpt_oss", "granitemoe", "longcat_flash", "minimax"), ALL_EXPERTS),
     "phimoe": [(0, 0), (0, 1), (1, 0), (1, 1)],
     **dict.fromkeys(("qwen3_moe", "qwen3_vl_moe", "lfm2_moe", "jamba"), DENSE_THEN_EXPERTS),
     **dict.fromkeys(
-        ("qwen2_moe", "deepseek_v2", "deepseek_v3", "llama4", "llama4_text", "kimi_linear", "step3p7"),
+        (
+            *("qwen2_moe", "deepseek_v2", "deepseek_v3", "llama4", "llama4_text", "kimi_linear", "step3p7"),
+            *("qwen3_next", "bailing_hybrid"),
+        ),
         [*DENSE_THEN_EXPERTS, (1, "shared")],
     ),
     **dict.fromkeys(
-        ("granitemoeshared", "deepseek_v4", "hunyuan_v1_moe"),
+        ("granitemoeshared", "granitemoehybrid", "deepseek_v4", "hunyuan_v1_moe", "qwen3_5_moe_text"),
         [*ALL_EXPERTS[:4], (0, "shared"), *ALL_EXPERTS[4:], (1, "shared")],
     ),
     # Layers of Mamba and attention have no MLP, and Zamba stores the MLP that several layers share once.

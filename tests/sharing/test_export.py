@@ -129,7 +129,7 @@ def short(name: str, folder: Path, base: Path) -> Path:
 
 EXPERTS = {name for name, config in tiny_models.TEXT_MODELS.items() if any("experts" in key for key in config)}
 
-REFUSED = {"lfm2", "modernbert", "modernbert-decoder", "zamba", "zamba2"}
+REFUSED = {"lfm2", "lfm3", "modernbert", "modernbert-decoder", "zamba", "zamba2"}
 """Families whose down projections have names that need not be those of linear layers (`w2` and `Wo`), or belong to
 several layers."""
 

@@ -78,6 +78,23 @@ _M_ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "m
 _IMAGE = {"image_token_index": 31, "boi_token_index": 29, "eoi_token_index": 30}
 
 _MAMBA = {"mamba_d_state": 4, "mamba_d_conv": 2, "mamba_expand": 2}
+_LINEAR = {"layer_types": ["linear_attention", "full_attention"]}
+_DELTA = _LINEAR | {
+    "linear_num_value_heads": 2,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_conv_kernel_dim": 2,
+}
+_MAMBA_2 = {
+    "mamba_n_heads": 2,
+    "mamba_d_head": 16,
+    "mamba_d_state": 8,
+    "mamba_n_groups": 1,
+    "mamba_d_conv": 2,
+    "mamba_expand": 2,
+    "mamba_chunk_size": 4,
+}
 _OTHER_KEYS = ("num_hidden_layers", "intermediate_size", "num_experts_per_tok")
 _LONGCAT = {key: value for key, value in _DEEPSEEK.items() if key not in _OTHER_KEYS}
 _OMNI = {
@@ -203,6 +220,19 @@ TEXT_MODELS: dict[str, dict[str, Any]] = {
         "zero_expert_num": 2,
         "head_dim": 4,
     },
+    "qwen3_5_text": _TEXT_8 | _DELTA,
+    "olmo_hybrid": _TEXT | _DELTA,
+    "qwen3_next": _TEXT_8 | _DELTA | _MOE | {"shared_expert_intermediate_size": 20, "mlp_only_layers": [0]},
+    "qwen3_5_moe_text": _TEXT_8 | _DELTA | _MOE | {"shared_expert_intermediate_size": 20},
+    "minimax": _TEXT_8 | _LOCAL | _LINEAR | {"block_size": 4},
+    "bailing_hybrid": _DEEPSEEK | _LINEAR | {"num_experts": 4, "short_conv_kernel_size": 2, "q_lora_rank": None},
+    "granitemoehybrid": _TEXT
+    | _LOCAL
+    | _MAMBA_2
+    | {"layer_types": ["mamba", "attention"], "shared_intermediate_size": 20},
+    "lfm3": _TEXT | {"layer_types": ["conv", "full_attention"]},
+    "bamba": _TEXT | _MAMBA_2 | {"attn_layer_indices": [1]},
+    "falcon_h1": _TEXT | _MAMBA_2 | {"mamba_d_ssm": 32, "mlp_multipliers": [0.9, 0.5]},
     "zamba": _TEXT
     | _MAMBA
     | {"num_hidden_layers": 3, "layers_block_type": ["mamba", "hybrid", "hybrid"], "n_mamba_heads": 2},
