@@ -18,15 +18,15 @@ MODULES = {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text()) for
 VERBS = frozenset({
     "add", "allocate", "apply", "assemble", "build", "cast", "check", "choose", "classify", "clone", "collect",
     "combine", "compare", "complete", "compute", "confirm", "convert", "copy", "count", "create", "cut", "decode",
-    "describe", "diff", "disable", "divide", "download", "draft", "draw", "drop", "encode", "end", "escape", "expect",
-    "explain", "export", "fence", "fetch", "fill", "find", "forget", "format", "gather", "generate", "get", "group",
-    "guard", "hash", "hide", "identify", "inspect", "join", "lint", "list", "load", "locate", "lock", "look", "lookup",
-    "make", "measure", "merge", "move", "name", "normalise", "open", "order", "overlay", "pack", "parse", "pick",
-    "pin", "plan", "plot", "pluralise", "point", "print", "publish", "quote", "read", "recognise", "recover", "redact",
-    "refuse", "remove", "rename", "render", "replace", "report", "require", "reserve", "resolve", "restore",
-    "restrict", "revert", "round", "run", "save", "say", "scale", "scan", "scatter", "score", "select", "serve", "set",
-    "show", "sign", "sort", "split", "stage", "start", "stop", "stream", "suggest", "summarise", "survey", "sweep",
-    "sync", "unpack", "verify", "work", "write",
+    "describe", "diff", "disable", "divide", "download", "draft", "draw", "drop", "encode", "end", "escape",
+    "expect", "explain", "export", "fence", "fetch", "fill", "find", "forget", "format", "gather", "generate",
+    "get", "group", "guard", "hash", "hide", "identify", "inspect", "join", "lint", "list", "load", "locate",
+    "lock", "look", "lookup", "make", "measure", "merge", "move", "name", "normalise", "open", "order", "overlay",
+    "pack", "parse", "pick", "pin", "plan", "plot", "pluralise", "point", "prepare", "print", "publish", "quote",
+    "read", "recognise", "recover", "redact", "refuse", "remove", "rename", "render", "replace", "report",
+    "require", "reserve", "resolve", "restore", "restrict", "revert", "round", "run", "save", "say", "scale",
+    "scan", "scatter", "score", "select", "serve", "set", "show", "sign", "sort", "split", "stage", "start", "stop",
+    "stream", "suggest", "summarise", "survey", "sweep", "sync", "unpack", "verify", "work", "write",
 })  # fmt: skip
 """First words of the names of functions: verbs in the imperative. `lookup` is the name of a command."""
 
