@@ -62,7 +62,8 @@ def show_scan(report: Scan) -> None:
 
 def _print_parts(test: PartConfirmation) -> None:
     """Print the effects of zeroing the parts that create activations."""
-    print_text("\nparts that create an activation: perplexity divided by the base's, if they are zeroed")
+    columns = "if this part is zeroed (alone) or all others are (without)"
+    print_text(f"\nparts that create an activation: perplexity divided by the base's, {columns}")
     parts = [trial.candidate for trial in test.trials]
     channels = [", ".join(map(str, part.channels[:6])) for part in parts]
     print_columns({"part": [str(part.name) for part in parts], "channels": channels} | format_trials(test.trials))

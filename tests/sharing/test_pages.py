@@ -250,6 +250,21 @@ def test_a_page_about_proof_says_yes_or_no():
     )
 
 
+def test_a_page_about_a_known_model_counts_doubtful_scalars_apart():
+    model = DOCUMENTS["llama-7b"][1]["models"][0]
+    first = model["coordinates"][0]
+    changed = [first | {"status": status} for status in ("paper", "insufficient", "insufficient", "refuted")]
+
+    def answer(coordinates):
+        return say(read(render_page("lookup", "x", {"models": [model | {"coordinates": coordinates}]})))
+
+    assert "1 known super weight of huggyllama/llama-7b. 1 scalar has the status refuted: a published" in answer(
+        changed
+    )
+    assert "2 scalars have the status insufficient: doubted by its own author" in answer(changed)
+    assert "No known super weight of huggyllama/llama-7b. 2 scalars have" in answer(changed[1:3])
+
+
 def test_every_figure_shows_the_values_of_the_document():
     page = render_page("sweep", "zero.yaml", DOCUMENTS["sweep"][1]).decode()
     (first, *_) = re.findall(r"<svg .*?</svg>", page, re.S)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from math import isfinite
 
 from swsurgery.errors import pluralise
+from swsurgery.known.schema import STATUSES
 from swsurgery.sharing.page.edit_page import render_record
 from swsurgery.sharing.page.markup import (
     Markup,
@@ -97,8 +99,23 @@ def _render_model(model: Document) -> Page:
         make_section("Notes", make_list([*read_texts(model, "notes"), *map(_describe, read_list(model, "disputes"))])),
         make_section("Sources", make_list([_describe(source) for source in _list_sources(model, coordinates)])),
     )
-    answer = f"{pluralise(len(coordinates), 'known super weight')} of "
-    return Page(f"Known super weights of {name}", join([answer, make_code(name), "."]), sections)
+    return Page(f"Known super weights of {name}", _describe_found(name, coordinates), sections)
+
+
+def _describe_found(name: str, coordinates: Sequence[Document]) -> Markup:
+    """Count the known super weights, and then the scalars whose status says that they may be none."""
+    counts = Counter(read_text(one, "status") for one in coordinates)
+    doubted = [status for status in ("disputed", "refuted", "insufficient", "candidate") if counts[status]]
+    known = len(coordinates) - sum(counts[status] for status in doubted)
+    answer = [
+        f"{pluralise(known, 'known super weight') if known else 'No known super weight'} of ",
+        make_code(name),
+        ".",
+    ]
+    for status in doubted:
+        scalars = f"{pluralise(counts[status], 'scalar')} {'has' if counts[status] == 1 else 'have'}"
+        answer.append(f" {scalars} the status {status}: {STATUSES[status]}.")
+    return join(answer)
 
 
 def _show_coordinates(coordinates: Sequence[Document]) -> Markup:
