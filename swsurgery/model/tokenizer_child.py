@@ -6,6 +6,7 @@ worker dies, the program answers in its place with an error.
 """
 
 import ctypes
+import gc
 import json
 import os
 import resource
@@ -133,6 +134,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and ends this process
     end_with_parent()
     sys.modules["torch"] = None  # type: ignore[assignment]  # no tokenizer needs torch
+    gc.disable()  # looking for garbage during the imports takes time and finds none
     try:
         import tokenizers  # noqa: F401 (imported before the fork)
         from transformers import AutoTokenizer  # noqa: F401
@@ -142,6 +144,8 @@ def main() -> None:
             write_answer({"error": f"transformers cannot be imported: {get_first_line(error)}"})
         return
     logging.set_verbosity(CRITICAL)
+    gc.freeze()
+    gc.enable()
     while select.select([0], [], [], IDLE_SECONDS)[0]:
         request = read_request()
         if request is None:

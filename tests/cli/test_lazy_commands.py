@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 from patched import write_patched
 
+from swsurgery import cli
 from swsurgery.cli import COMMANDS, main, make_app
 
 NEVER = {"torch", "transformers", "numpy", "huggingface_hub", "tqdm", "rich"}
@@ -92,3 +94,16 @@ def test_a_signal_while_a_command_is_imported_is_one_line(monkeypatch, capsys, n
     assert main(["schema"]) == 130
     line = f"swsurgery: interrupted: {number.name} (nothing was left behind)\n"
     assert capsys.readouterr() == ("", line)
+
+
+def test_a_process_looks_for_garbage_rarely_but_a_call_of_main_changes_nothing(monkeypatch):
+    before = gc.get_threshold()
+    assert main(["--version"]) == 0
+    assert gc.get_threshold() == before
+    monkeypatch.setattr(cli, "main", lambda: 0)
+    try:
+        with pytest.raises(SystemExit):
+            cli.entry()
+        assert gc.isenabled() and gc.get_threshold() == (20_000, *before[1:])
+    finally:
+        gc.set_threshold(*before)
