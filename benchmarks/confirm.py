@@ -81,7 +81,7 @@ REPORT = """
 cpu = globals().get("cpu", time.process_time())
 print(json.dumps({
     "phases": phases, "cpu": cpu - phases.pop("CPU time of imports"), "result": result, "variants": variants,
-    "ppl": found_ppl,
+    "ppl": found_ppl, "settings": globals().get("settings"),
     "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
     "device": torch.cuda.max_memory_reserved() / 1e9 if device == "cuda" else 0.0,
     "machine": torch.cuda.get_device_name() if device == "cuda" else "", "torch": torch.__version__,
@@ -93,9 +93,16 @@ from swsurgery.checkpoint.opening import open_checkpoint
 from swsurgery.checkpoint.projections import locate
 from swsurgery.model import load
 from swsurgery.model.forward import LayeredModel
-from swsurgery.scanning.causal_test import CausalOptions
-from swsurgery.scanning.confirm import confirm_scalars
 from swsurgery.scanning.report import Candidate
+try:
+    from swsurgery.scanning.causal_test import CausalOptions
+    from swsurgery.scanning.confirm import confirm_scalars
+    def run_test(progress):
+        return confirm_scalars(model, candidates, windows, CausalOptions(nulls=nulls, progress=progress))
+except ImportError:  # a version that takes the options one by one
+    from swsurgery.scanning.confirm import confirm_windows
+    def run_test(progress):
+        return confirm_windows(model, candidates, windows, nulls=nulls, progress=progress)
 from swsurgery.storage.dtypes import decode
 mark("imports")
 checkpoint = open_checkpoint(folder)
@@ -124,11 +131,29 @@ def note(self, sequences, given=({},), **options):
     variants.extend([[[name.tensor, name.index, value] for name, value in one.items()] for one in given])
     return run(self, sequences, given, **options)
 LayeredModel.run = note
+from swsurgery.model import measure
+make_totals, totals = measure.Totals, []
+def keep(*given, **options):
+    totals.append(make_totals(*given, **options))
+    return totals[-1]
+measure.Totals = keep
 with load.hide_output():
     model = load.open_model(checkpoint, device=device)
     mark("loading")
-    found = confirm_scalars(model, candidates, windows, CausalOptions(nulls=nulls, progress=Phases()))
+    found = run_test(Phases())
 mark("other")
+try:
+    from swsurgery.model.figures import LIMITS
+    from swsurgery.model.forward import GPU_FACTOR, TOKENS_AT_ONCE
+    limits, vocabulary = LIMITS[device], model.model.config.get_text_config().vocab_size
+    block = min(max(1, limits.base // vocabulary), max(map(len, windows)))
+    settings = {
+        "layer": TOKENS_AT_ONCE * (GPU_FACTOR if device == "cuda" else 1), "block": block,
+        "variants": max(1, limits.read // (vocabulary * block)),
+        "estimated": sum(len(getattr(one, "estimated", ())) for one in totals),
+    }
+except ImportError:
+    settings = None
 result = [found.to_json(), [trial.to_json() for trial in found.trials], [s.to_json() for s in found.joint_sets]]
 found_ppl = [found.base_perplexity] + [found.base_perplexity * trial.alone.ratio for trial in found.trials]
 """
@@ -205,8 +230,8 @@ def round_figures(value: object) -> object:
     """Round every float to the six digits that JSON documents contain."""
     if isinstance(value, float):
         return float(f"{value:.6g}")
-    if isinstance(value, dict):
-        return {key: round_figures(item) for key, item in value.items()}
+    if isinstance(value, dict):  # versions before protocols had names report no protocol
+        return {key: round_figures(item) for key, item in value.items() if key != "protocol"}
     return [round_figures(item) for item in value] if isinstance(value, list) else value
 
 
@@ -272,6 +297,7 @@ def list_lines(
     first = runs["swsurgery"][0]
     machine = first["machine"] or f"{os.cpu_count()} cores"
     kind = "" if first["machine"] else " of CPU time"
+    settings = first["settings"]
     limit = statistics.median(run["phases"]["head's products alone"] for run in runs["swsurgery"])
     lines = [
         f"{name}, {len(CANDIDATES[name])} candidates, {len(windows)} windows of {options.window} tokens, {variants}",
@@ -279,6 +305,9 @@ def list_lines(
         f"{options.rounds} rounds in turn, medians in seconds. Sum and CPU time leave out imports.",
         f"The products of the output matrix alone take {limit:.1f} s{kind} at the rate of products of 256 rows",
         f"by 4,096 columns. The load average of the machine at the end was {os.getloadavg()[0]:.0f}.",
+        "",
+        f"A call of a layer gets at most {settings['layer']:,} tokens. The head computes at most {settings['block']}",
+        f"tokens of {settings['variants']} variants at once. Losses of {settings['estimated']} variants are estimates.",
         "",
         "| what | imports | loading | layers | scores | sum | CPU time | main memory | device memory |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|",

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from swsurgery.model.cutting import Window
-from swsurgery.model.outcomes import Logits
+from swsurgery.model.near import LEAST_VOCABULARY, Neighbourhood
+from swsurgery.model.outcomes import LastProduct, Logits
 
 
 class LogitLimits(NamedTuple):
@@ -38,14 +39,26 @@ steps. In float32, all tensors together take at most 0.5 GB on the CPU and 2 GB 
 class WindowFigures:
     """The figures of each scored token of one window, for each variant. Variant number 0 is the base.
 
-    With `only_losses`, the stop-word mass and `list_finite` are left out.
+    With `only_losses`, the stop-word mass and `list_finite` are left out. `variances` then contains for each variant
+    the largest variance, per token, of an estimate of its losses (near.py). Losses with such an estimate are not
+    computed from logits, and their KL is NaN. A variant with variance 0 is not estimated.
     """
 
-    def __init__(self, window: Window, variants: int, stop_tokens: Sequence[int], only_losses: bool = False):
+    def __init__(
+        self,
+        window: Window,
+        variants: int,
+        stop_tokens: Sequence[int],
+        only_losses: bool = False,
+        variances: Sequence[float] = (),
+    ):
         self._window, self._variants, self._only_losses = window, variants, only_losses
+        self._variances = {number: most for number, most in enumerate(variances) if most and only_losses}
         self._stop_tokens = stop_tokens
         self._first, self._scored = window.first, len(window.targets)
         self._filled = False
+        self.estimated: set[int] = set()
+        """The variants of which some losses were estimated."""
 
     def read(self, logits: Logits) -> None:
         """Compute all figures from the logits of the window."""
@@ -86,15 +99,38 @@ class WindowFigures:
         if not logits.is_divisible:
             yield from self._list_whole_parts(logits, tokens)
             return
+        wanted = self._variances and logits.vocabulary >= LEAST_VOCABULARY
+        product = logits.find_last_product() if wanted else None
         limits = LIMITS[logits.device.type]
         size = max(1, limits.base // logits.vocabulary)
         for begin in tokens[::size]:
             block = slice(begin, min(tokens.stop, begin + size))
             yield [0], block, logits.read([0], block)
+            close = self._estimate(product, block) if product else set()
+            left = [number for number in range(1, self._variants) if number not in close]
             at_once = max(1, limits.read // (logits.vocabulary * (block.stop - block.start)))
-            for number in range(1, self._variants, at_once):
-                numbers = list(range(number, min(self._variants, number + at_once)))
+            for at in range(0, len(left), at_once):
+                numbers = left[at : at + at_once]
                 yield numbers, block, logits.read(numbers, block)
+
+    def _estimate(self, product: LastProduct, tokens: slice) -> set[int]:
+        """Estimate losses in a block of tokens after the base was added.
+
+        Returns the numbers of the variants whose estimates are sufficient.
+        """
+        scored = slice(tokens.start - self._first, tokens.stop - self._first)
+        base = product.read_inputs([0], tokens)[0]
+        near = Neighbourhood(product.matrix, base, self._chances, self._targets[scored])
+        numbers, most = list(self._variances), list(self._variances.values())
+        rises, variances = near.estimate(product.read_inputs(numbers, tokens))
+        found: set[int] = set()
+        for number, limit, rise, variance in zip(numbers, most, rises, variances.mean(1).tolist(), strict=True):
+            if variance <= limit:  # a variance that is NaN is not
+                self._nll[number, scored] = self._nll[0, scored] + rise
+                self._kl[number, scored] = torch.nan
+                found.add(number)
+        self.estimated |= found
+        return found
 
     def _list_whole_parts(self, logits: Logits, tokens: range) -> Iterator[tuple[list[int], slice, Tensor]]:
         base = logits[0]
@@ -110,7 +146,7 @@ class WindowFigures:
     def _add_block(self, numbers: list[int], tokens: slice, logits: Tensor) -> None:
         """Add the logits (variants, tokens, vocabulary) of the variants `numbers` and a block of tokens."""
         if not self._only_losses:
-            self._finite[numbers[0] : numbers[-1] + 1, tokens] = find_finite_rows(logits)
+            self._finite[_make_index(numbers), tokens] = find_finite_rows(logits)
         begin, end = max(tokens.start, self._first), min(tokens.stop, self._first + self._scored)
         if end <= begin:
             return
@@ -122,7 +158,7 @@ class WindowFigures:
             self._add_slice(slice(0, 1), scored, self._reference[None])
             return
         for at, rows in _split(logits):
-            variants = slice(numbers[at.start], numbers[at.start] + at.stop - at.start)
+            variants = _make_index(numbers[at])
             log = logits[at, rows].float().log_softmax(-1)
             self._add_slice(variants, slice(scored.start + rows.start, scored.start + rows.stop), log)
             reference, chances = self._reference[rows], self._chances[rows]
@@ -130,12 +166,18 @@ class WindowFigures:
                 torch.sub(reference, log, out=log).mul_(chances).sum(-1)
             )
 
-    def _add_slice(self, variants: slice, tokens: slice, log: Tensor) -> None:
+    def _add_slice(self, variants: slice | list[int], tokens: slice, log: Tensor) -> None:
         """Add the losses and the stop-word mass of log-probabilities (variants, tokens, vocabulary)."""
         targets = self._targets[tokens].expand(log.shape[0], -1)[..., None]
         self._nll[variants, tokens] = -log.gather(-1, targets)[..., 0]
         if len(self._stop):
             self._stop_mass[variants, tokens] = log[..., self._stop].exp().sum(-1)
+
+
+def _make_index(numbers: list[int]) -> slice | list[int]:
+    """Return consecutive numbers as a slice, because a list would be copied to the device."""
+    index = slice(numbers[0], numbers[-1] + 1)
+    return index if len(range(index.start, index.stop)) == len(numbers) else numbers
 
 
 def _split(logits: Tensor) -> Iterator[tuple[slice, slice]]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from swsurgery.model.calls import REFUSALS, Unknown, replace_forwards, replace_hidden, split
-from swsurgery.model.outcomes import Logits
+from swsurgery.model.outcomes import LastProduct, Logits
 from swsurgery.model.places import find_output_embeddings
 
 PROBE_TOKENS = 8
@@ -48,6 +48,7 @@ class Head:
         self.vocabulary = 0
         """Number of logits of a token, once `is_divisible` was called."""
         self._memory = torch.empty(0)
+        self._is_product: bool | None = None
 
     def compute(self, ids: Sequence[int], hidden: Tensor) -> Tensor:
         """Compute the logits (tokens, vocabulary) of a sequence.
@@ -75,6 +76,40 @@ class Head:
         with self._reuse_memory(rows):
             return self.compute(ids[:1], rows[None])
 
+    def find_last_product(self, ids: Sequence[int], hidden: Tensor) -> Tensor | None:
+        """Return the output matrix (vocabulary, channels) if its product with its input is all that makes the logits.
+
+        `hidden` (tokens, channels) is the output of the last layer for some tokens. Returns None if the matrix is not a
+        plain one in float32 on the CPU, and if the model scales or caps the logits. The first call decides this.
+        """
+        rows = hidden[:PROBE_TOKENS]
+        if (matrix := self._find_plain_matrix(rows)) is None:
+            return None
+        if self._is_product is None:
+            logits = self.compute_rows(ids, rows).clone()
+            try:
+                self._is_product = torch.equal(self._multiply(self.read_inputs(ids, rows), matrix.weight), logits)
+            except REFUSALS:  # the code after the matrix expects logits
+                self._is_product = False
+        return matrix.weight.detach() if self._is_product else None
+
+    def read_inputs(self, ids: Sequence[int], rows: Tensor) -> Tensor:
+        """Compute the inputs (rows, channels) of the output matrix for hidden states (rows, channels) of any tokens."""
+        found: list[Tensor] = []
+
+        def stand_in(number: int, module: nn.Module) -> Callable[[Tensor], Tensor]:
+            def forward(hidden: Tensor) -> Tensor:
+                found.append(hidden)
+                return hidden
+
+            return forward
+
+        matrix = find_output_embeddings(self._model)
+        assert matrix is not None
+        with replace_forwards([matrix], stand_in):
+            self.compute(ids[:1], rows[None])
+        return found[0].reshape(len(rows), -1)
+
     def is_divisible(self, ids: Sequence[int], hidden: Tensor) -> bool:
         """Return True if the model computes the logits of each token separately from those of other tokens.
 
@@ -100,20 +135,25 @@ class Head:
 
         New memory is slow: the operating system clears each page before the first use.
         """
-        matrix = find_output_embeddings(self._model)
-        if type(matrix) is not nn.Linear or matrix.bias is not None or "forward" in matrix.__dict__:
+        if (matrix := self._find_plain_matrix(rows)) is None:
             yield
             return
         weight = matrix.weight
-        if {weight.dtype, rows.dtype} != {torch.float32} or {weight.device.type, rows.device.type} != {"cpu"}:
-            yield
-            return
 
         def stand_in(number: int, module: nn.Module) -> Callable[[Tensor], Tensor]:
             return lambda hidden: self._multiply(hidden, weight)
 
         with replace_forwards([matrix], stand_in):
             yield
+
+    def _find_plain_matrix(self, rows: Tensor) -> nn.Linear | None:
+        """Find the module of the output matrix; None if it is not a plain one in float32 on the CPU."""
+        matrix = find_output_embeddings(self._model)
+        if type(matrix) is not nn.Linear or matrix.bias is not None or "forward" in matrix.__dict__:
+            return None
+        weight = matrix.weight
+        plain = {weight.dtype, rows.dtype} == {torch.float32} and {weight.device.type, rows.device.type} == {"cpu"}
+        return matrix if plain else None
 
     def _multiply(self, hidden: Tensor, weight: Tensor) -> Tensor:
         """Return `hidden` @ `weight`.T. Every element has the bits that one product of the whole matrices gives."""
@@ -161,7 +201,21 @@ class VariantLogits:
         with self._swap(0):
             divisible = self._head.is_divisible(self._ids, self._state[self._columns[0]])
         read = self._read if divisible else None
-        return Logits(len(self._columns), self._compute, read, self._head.vocabulary, self._state.device)
+        find = self._find_last_product if divisible else None
+        return Logits(len(self._columns), self._compute, read, self._head.vocabulary, self._state.device, find)
+
+    def _find_last_product(self) -> LastProduct | None:
+        if len(set(self._changes)) > 1:
+            return None
+        with self._swap(0):
+            matrix = self._head.find_last_product(self._ids, self._state[self._columns[0]])
+        return None if matrix is None else LastProduct(matrix, self._read_inputs)
+
+    def _read_inputs(self, variants: Sequence[int], tokens: slice) -> Tensor:
+        hidden = self._state[[self._columns[variant] for variant in variants], tokens]
+        with self._swap(variants[0]):
+            inputs = self._head.read_inputs(self._ids, hidden.flatten(0, 1))
+        return inputs.view(*hidden.shape[:2], -1)
 
     def _compute(self, variant: int) -> Tensor:
         with self._swap(variant):

@@ -50,12 +50,21 @@ class Totals:
     """
 
     def __init__(
-        self, stop_tokens: Sequence[int], variants: int = 2, only_losses: bool = False, words: int | None = None
+        self,
+        stop_tokens: Sequence[int],
+        variants: int = 2,
+        only_losses: bool = False,
+        words: int | None = None,
+        variances: Sequence[float] = (),
     ):
         """With `only_losses`, only the negative log-likelihoods and KL are computed; the other figures stay empty.
 
-        `words` is the number of words of the text, for the perplexity per word; None: it is not computed.
+        `words` is the number of words of the text, for the perplexity per word; None: it is not computed. `variances`
+        permits estimates of losses, as `WindowFigures` describes.
         """
+        self._variances = variances
+        self.estimated: set[int] = set()
+        """The variants of which some losses were estimated. Their KL is NaN."""
         self.stop_tokens, self.only_losses, self.words = list(stop_tokens), only_losses, words
         self._span: int | None = None
         self.scored = 0
@@ -80,9 +89,10 @@ class Totals:
         Each position except the last is scored unless `ids` is a Window that says otherwise.
         """
         window = Window.of(ids)
-        figures = WindowFigures(window, len(self.kl), self.stop_tokens, self.only_losses)
+        figures = WindowFigures(window, len(self.kl), self.stop_tokens, self.only_losses, self._variances)
         figures.read(outcomes.logits)
         nll, kl, stop_mass = figures.sum_up()
+        self.estimated |= figures.estimated
         joins = window.span is not None and window.span == self._span
         self._span = window.span
         for number in range(len(self.kl)):

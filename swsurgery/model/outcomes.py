@@ -26,6 +26,17 @@ class Peak(NamedTuple):
     value: float
 
 
+class LastProduct(NamedTuple):
+    """The product of the output matrix with its inputs, if it is all that makes the logits of every variant.
+
+    `matrix` has the shape (vocabulary, channels). `read_inputs` computes the inputs (variants, tokens, channels) of
+    some variants for some tokens.
+    """
+
+    matrix: Tensor
+    read_inputs: Callable[[Sequence[int], slice], Tensor]
+
+
 class Logits:
     """The logits (tokens, vocabulary) of each variant for one sequence, in the model's dtype.
 
@@ -40,13 +51,16 @@ class Logits:
         read: Callable[[Sequence[int], slice], Tensor] | None = None,
         vocabulary: int = 0,
         device: torch.device | None = None,
+        find_last_product: Callable[[], LastProduct | None] | None = None,
     ):
         """Take the functions that compute the logits.
 
         `compute` returns all logits of a variant. `read` does what the method `read` describes. If it is given, so are
-        `vocabulary`, the number of logits of a token, and their device.
+        `vocabulary`, the number of logits of a token, and their device. `find_last_product` does what the method
+        describes.
         """
         self._variants, self._compute, self._read = variants, compute, read
+        self._find_last_product = find_last_product
         self.vocabulary, self.device = vocabulary, device or torch.device("cpu")
 
     def __len__(self) -> int:
@@ -64,6 +78,10 @@ class Logits:
     def is_divisible(self) -> bool:
         """True if `read` computes the requested logits only. If False, it computes all logits of each variant."""
         return self._read is not None
+
+    def find_last_product(self) -> LastProduct | None:
+        """Return the product that makes the logits; None if it is unknown, or if the model does more to the logits."""
+        return self._find_last_product() if self._find_last_product else None
 
     def read(self, variants: Sequence[int], tokens: slice) -> Tensor:
         """Compute the logits (variants, tokens, vocabulary) of some variants for some tokens.

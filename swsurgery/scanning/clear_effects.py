@@ -103,4 +103,5 @@ def find_jointly(
     groups = list(dict.fromkeys([*pairs, core] if len(core) > 1 else pairs))
     losses.measure(groups, progress)
     joint = find_joint_sets(losses, groups, bar, len(added) - len(core) + others)
+    losses.refine(joint, progress)
     return Jointly(core.union(*joint), joint, len(added) + len(pairs) + 1 if added or pairs else 0)

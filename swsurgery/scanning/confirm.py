@@ -107,6 +107,7 @@ def confirm_scalars(
         lambda name: (name,),
         # Zeroing a scalar that is zero has no effect at all, so such scalars are left out of every set.
         frozenset(candidate.coordinate for candidate in every if candidate.value == 0),
+        suspects.list_errors(),
     )
     doses = choose_doses(model.checkpoint, suspects.together) if losses.enough and suspects.together else {}
     losses.measure(suspects.groups(), options.progress, doses)

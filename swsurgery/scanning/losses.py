@@ -42,7 +42,9 @@ class Losses(Generic[Unit]):
 
     A unit is a scalar or an expert. Losses are stored by window, so that the difference between the losses of any two
     sets has an interval. `find_layer` returns the number of the layer that contains a unit, and `list_targets` the
-    scalars and regions that are zeroed for it. Units in `nothing` are left out of every set.
+    scalars and regions that are zeroed for it. Units in `nothing` are left out of every set. `errors` contains the
+    largest standard error, in nats per token, of an estimate of the losses of a group (model/near.py). The losses of
+    all other groups are computed from all logits.
     """
 
     def __init__(
@@ -52,16 +54,19 @@ class Losses(Generic[Unit]):
         find_layer: Callable[[Unit], int],
         list_targets: Callable[[Unit], Collection[Coordinate | Region]],
         nothing: frozenset[Unit] = frozenset(),
+        errors: Mapping[frozenset[Unit], float] | None = None,
     ):
         self.model, self.windows = model, [Window.of(window) for window in windows]
         self.scored = count_scored(self.windows)
         """Number of scored tokens in each span: a window, or several windows that overlap."""
         self._find_layer, self._list_targets, self._nothing = find_layer, list_targets, nothing
+        self._errors = errors or {}
         self._base: list[float] = []
         # The loss in nats per token minus that of the stored model, by set of zeroed scalars, one value per span.
         # A float is the factor of a dose.
         self._extra: dict[frozenset[Unit] | float, list[float]] = {frozenset(): [0.0] * len(self.scored)}
         self._kl: dict[frozenset[Unit] | float, float] = {frozenset(): 0.0}
+        self._estimated: set[frozenset[Unit] | float] = set()
 
     def measure(
         self,
@@ -75,18 +80,48 @@ class Losses(Generic[Unit]):
         with similar first layers thus share a run, which computes the layers before the first edited layer only once.
         `doses` maps factors to the values of the scalars that are multiplied by the factor; they are measured too.
         """
+        unique = {group: group - self._nothing for group in groups}
+        allowed = self._list_allowed(unique)
         wanted = [
-            group for group in dict.fromkeys(group - self._nothing for group in groups) if group not in self._extra
+            group
+            for group in dict.fromkeys(unique.values())
+            if group not in self._extra or (group in self._estimated and group not in allowed)
         ]
+        self._measure(wanted, progress, doses or {}, allowed)
+
+    def refine(self, groups: Iterable[frozenset[Unit]], progress: Progress | None) -> None:
+        """Measure groups again whose losses were estimated, this time with all logits and KL."""
+        reduced = dict.fromkeys(group - self._nothing for group in groups)
+        wanted = [group for group in reduced if group in self._estimated]
+        if wanted:
+            self._measure(wanted, progress, {}, {})
+
+    def _measure(
+        self,
+        wanted: list[frozenset[Unit]],
+        progress: Progress | None,
+        doses: Mapping[float, Scalars],
+        allowed: Mapping[frozenset[Unit] | float, float],
+    ) -> None:
         wanted.sort(key=lambda group: -min(map(self._find_layer, group), default=0))
         if self._base and not wanted:
             return
         with load.convert_run_errors(self.model.device, self.model.weights is not None):
             at_once = count_variants_at_once(self.model, self.windows)
             variants: list[tuple[frozenset[Unit] | float, Scalars]] = [(group, self._zero(group)) for group in wanted]
-            variants += (doses or {}).items()
+            variants += doses.items()
             for begin in range(0, max(1, len(variants)), at_once):
-                self._run(variants[begin : begin + at_once], progress)
+                self._run(variants[begin : begin + at_once], allowed, progress)
+
+    def _list_allowed(self, groups: Mapping[frozenset[Unit], frozenset[Unit]]) -> dict[frozenset[Unit] | float, float]:
+        """Return the allowed error of each group without the units in `nothing`; the least if groups become equal.
+
+        `groups` maps each group to the group without these units.
+        """
+        errors = self._errors
+        exact = {reduced for group, reduced in groups.items() if group not in errors}
+        falling = sorted(filter(errors.__contains__, groups), key=errors.__getitem__, reverse=True)
+        return {groups[group]: errors[group] for group in falling if groups[group] not in exact}
 
     def _zero(self, group: frozenset[Unit]) -> Scalars:
         return {target: 0.0 for unit in group for target in self._list_targets(unit)}
@@ -109,7 +144,10 @@ class Losses(Generic[Unit]):
         return Gain(mean, math.nan if low is None else low, math.nan if high is None else high)
 
     def effect(self, group: frozenset[Unit]) -> Effect:
-        """Compute the effect of zeroing `group`: perplexity ratio, 95% interval, and mean KL in nats per token."""
+        """Compute the effect of zeroing `group`: perplexity ratio, 95% interval, and mean KL in nats per token.
+
+        The KL is NaN if the losses of the group were estimated.
+        """
         return self._make_effect(group - self._nothing)
 
     def get_dose_effect(self, factor: float) -> Effect:
@@ -130,8 +168,16 @@ class Losses(Generic[Unit]):
     def base_perplexity(self) -> float:
         return compute_exp(compute_mean_interval(self._base, self.scored).mean)
 
-    def _run(self, variants: Sequence[tuple[frozenset[Unit] | float, Scalars]], progress: Progress | None) -> None:
-        totals = measure.Totals([], 1 + len(variants), only_losses=True)
+    def _run(
+        self,
+        variants: Sequence[tuple[frozenset[Unit] | float, Scalars]],
+        errors: Mapping[frozenset[Unit] | float, float],
+        progress: Progress | None,
+    ) -> None:
+        keys = [key for key, _ in variants]
+        # The variance of a mean of n tokens is that of one token divided by n.
+        most = [errors.get(key, 0.0) ** 2 * sum(self.scored) for key in keys]
+        totals = measure.Totals([], 1 + len(variants), only_losses=True, variances=[0.0, *most])
         scalars = [{}, *(scalars for _, scalars in variants)]
         for outcomes in self.model.run(self.windows, scalars, progress=progress):
             totals.add_window(self.windows[outcomes.sequence], outcomes)
@@ -147,7 +193,9 @@ class Losses(Generic[Unit]):
                 for nll, stored in zip(totals.token_nll[number], base, strict=True)
             ]
             kl = totals.compute_mean_kl(number)
-            self._kl[key] = math.inf if math.isnan(kl) else kl
+            self._kl[key] = math.inf if math.isnan(kl) and number not in totals.estimated else kl
+        self._estimated.difference_update(keys)
+        self._estimated.update(keys[number - 1] for number in totals.estimated)
 
 
 def compute_exp(log: float) -> float:

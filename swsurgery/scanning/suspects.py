@@ -31,6 +31,10 @@ COLUMN_NULLS, LARGE_SIGMAS = 5, 4.0
 robust standard deviations of the column. In SmolLM2-135M the columns of the six best candidates contain 2 to 8 scalars
 beyond four standard deviations that are not companions. Of 576 normally distributed values, 0.04 would be expected."""
 
+COMPARED_ERROR, RATIO_ERROR = 1e-5, 1e-8
+"""Largest standard error of an estimated loss, in nats per token: for groups that are only compared with bars, and for
+groups of which only the perplexity ratio is reported, with six digits. Bars are at least 0.049 nats."""
+
 Column = tuple[int, ExpertChoice, int]
 """The layer, expert and col that identify one column of a down projection."""
 
@@ -173,6 +177,22 @@ class Suspects:
             for row in rows:
                 groups += [frozenset({row}), self.together | {row}, frozenset({self.lead(column), row})]
         return groups
+
+    def list_errors(self) -> dict[Zeroed, float]:
+        """List the groups whose losses may be estimated, and the largest standard error in nats per token.
+
+        These are the groups of which no KL is reported. A group that is not reported at all is only compared with bars.
+        """
+        lead = {column: self.lead(column) for column in self.columns}
+        rows = [(lead[column], row) for column, rows in self.columns.items() for row in rows]
+        compared = [*self.pairs, *(self.together | {name} for name in (*self.names, *self.crowded))]
+        compared += [frozenset(pair) for pair in rows]
+        ratios = [frozenset({name}) for name in self.null]
+        ratios += [group for _, row in rows for group in (frozenset({row}), self.together | {row})]
+        errors = dict.fromkeys(compared, COMPARED_ERROR) | dict.fromkeys(ratios, RATIO_ERROR)
+        reported = [self.together, *(self.together - {name} for name in self.names)]
+        reported += [frozenset({name}) for name in (*self.names, *(remover.coordinate for remover in self.removers))]
+        return {group: error for group, error in errors.items() if group not in reported}
 
 
 def choose_suspects(checkpoint: Checkpoint, candidates: Sequence[Candidate], nulls: int, seed: int) -> Suspects:

@@ -23,10 +23,11 @@ from safetensors.torch import load_file, save_file
 from swsurgery.checkpoint.opening import open_checkpoint
 from swsurgery.checkpoint.projections import locate
 from swsurgery.errors import ArchitectureError, ModelError
-from swsurgery.model import load, readings
+from swsurgery.model import figures, load, readings
 from swsurgery.model.forward import LayeredModel
-from swsurgery.model.outcomes import Outcomes, make_logits
+from swsurgery.model.outcomes import Logits, Outcomes, make_logits
 from swsurgery.model.protocol import Protocol
+from swsurgery.scanning import suspects
 from swsurgery.scanning.causal_report import Effect
 from swsurgery.scanning.causal_test import CausalOptions, open_bench
 from swsurgery.scanning.confirm import confirm_scalars
@@ -248,6 +249,40 @@ def test_a_scalar_that_is_zero_already_has_no_effect_to_the_last_digit(tmp_path:
     assert trial(found, bench, nothing).verdict == "inert"
     assert trial(found, bench, nothing).without == trial(found, bench, critical).alone == found.together
     assert trial(found, bench, critical).without == Effect(1.0, 1.0, 1.0, 0.0)
+
+
+@pytest.mark.parametrize("placement", ["whole", "streamed"])
+def test_what_is_reported_does_not_depend_on_estimates(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, placement: load.Placement
+) -> None:
+    """Groups of which no KL is reported may be estimated. One candidate is zero, so some groups are equal."""
+    shorts = [(0, 3, 7), (1, 9, 20), (0, 5, 11), (1, 2, 3)]
+    bench = Bench(tmp_path / "llama", "llama", {(0, 3, 7): HUGE, (0, 5, 11): 0.0})
+    exact, estimated = bench.confirm(shorts), []
+    monkeypatch.setattr(figures, "LEAST_VOCABULARY", 1)
+    read = figures.WindowFigures.read
+
+    def note(self: figures.WindowFigures, logits: Logits) -> None:
+        read(self, logits)
+        estimated.append(len(self.estimated))
+
+    monkeypatch.setattr(figures.WindowFigures, "read", note)
+    model = load.open_model(bench.checkpoint, device="cpu", placement=placement)
+    found = confirm_scalars(model, [bench.candidate(s) for s in shorts], bench.windows)
+    assert sum(estimated) > WINDOWS
+    assert found.trials == exact.trials
+    assert (found.joint_sets, found.together, found.doses) == (exact.joint_sets, exact.together, exact.doses)
+    assert found.null == pytest.approx(exact.null, rel=1e-7)
+
+
+def test_a_joint_set_that_was_estimated_is_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = (0, 3, 7), (0, 3, 12)
+    bench = Bench(tmp_path / "llama", "llama", {first: HUGE, second: HUGE}, copies={12: 7})
+    (joint,) = bench.confirm([first, second, (1, 9, 20)]).joint_sets
+    monkeypatch.setattr(figures, "LEAST_VOCABULARY", 1)
+    monkeypatch.setattr(suspects, "COMPARED_ERROR", 1.0)
+    (found,) = bench.confirm([first, second, (1, 9, 20)]).joint_sets
+    assert found == joint
 
 
 def test_a_single_candidate_has_no_others(tmp_path: Path) -> None:

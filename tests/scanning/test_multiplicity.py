@@ -54,6 +54,9 @@ class NullLosses:
     def measure(self, groups: Iterable[Group], progress: object) -> None:
         pass
 
+    def refine(self, groups: Iterable[Group], progress: object) -> None:
+        pass
+
 
 CANDIDATES, REMOVERS, PARTS = 8, 2, 3
 
