@@ -12,6 +12,7 @@ from swsurgery.cli.options import (
     ActivationPerOption,
     BaseOption,
     CheckpointArgument,
+    ControlOption,
     DeviceOption,
     DirectoryArgument,
     GenerateOption,
@@ -92,6 +93,7 @@ def apply(
     score_first: ScoreFirstOption = None,
     prompt: PromptOption = None,
     generate: GenerateOption = 0,
+    control: ControlOption = None,
     max_perplexity_ratio: MaxRatio = None,
     min_perplexity_ratio: MinRatio = None,
     for_publish: Annotated[
@@ -122,7 +124,9 @@ def apply(
     bounds = sanity.make_bounds(max_perplexity_ratio, min_perplexity_ratio)
     if check in ("off", "weights") and "generate" not in out.given:
         generate = 0  # a variable asks for it, but this check generates nothing
-    asked = not out.given.isdisjoint(("device", "placement", "text", "prompt", "generate", "protocol", *NAMES))
+    asked = not out.given.isdisjoint(
+        ("device", "placement", "text", "prompt", "generate", "control", "protocol", *NAMES)
+    )
     options = sanity.CheckOptions(
         check,
         device,
@@ -131,6 +135,7 @@ def apply(
         prompt or None,
         bounds,
         generate=generate,
+        controls=control or (),
         required=asked,
         **read_protocol(out, protocol, windows, window, stride, bos, score_first),
     )
@@ -204,6 +209,7 @@ def check(
     generate: GenerateOption = 0,
     activation_bits: ActivationBitsOption = None,
     activation_per: ActivationPerOption = "tensor",
+    control: ControlOption = None,
     tasks: TasksOption = None,
     tasks_dir: TasksDirOption = None,
     limit: LimitOption = None,
@@ -235,6 +241,7 @@ def check(
         generate=generate,
         activation_bits=activation_bits,
         activation_per=activation_per,
+        controls=control,
         tasks=split_tasks(tasks),
         tasks_dir=tasks_dir,
         limit=limit,

@@ -50,6 +50,7 @@ REFUSED = {
     "check": _WRITES,
     "complete": _SUBJECT,
     "confirm": _SUBJECT,
+    "control": _SUBJECT,
     "create_pr": _WRITES,
     "csv": _FORM,
     "directory": _WRITES,

@@ -176,6 +176,14 @@ PageOption = Annotated[Path | None, typer.Option(help="Also write the result as 
 GenerateOption = Annotated[
     int, typer.Option(min=0, metavar="N", help="Also continue each prompt by N tokens with both models.")
 ]
+ControlOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="mean|outliers[:N]",
+        help="Also measure another change of the base: the products of the edited scalars held at their means, or N "
+        "other outliers zeroed (by default 7,000 of 6.7e9 scalars of down projections). May be repeated.",
+    ),
+]
 TasksOption = Annotated[
     str | None,
     typer.Option(metavar="NAMES", help="Also run these tasks of lm-evaluation-harness, separated by commas."),

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from swsurgery.cli.output import print_table, print_text
+from swsurgery.cli.show_controls import show_controls
 from swsurgery.cli.show_tasks import show_tasks
 from swsurgery.errors import escape_control, list_some, pluralise
 from swsurgery.storage.numbers import format_number, format_ratio, format_size
@@ -139,6 +140,7 @@ def show_check(document: Mapping[str, Any]) -> None:
     print_table(("", "base", "patched"), _list_measurements(document, ("base", "patched")))
     ratio, kl = _format_figure(document["perplexity_ratio"], format_ratio), _format_figure(document["kl"])
     print_text(f"perplexity ratio {ratio}, KL(base || patched) {kl} nats per token")
+    show_controls(document)
     _list_rounded(document)
     _list_continuations(document, ("base", "patched"))
     show_tasks(document.get("tasks"))

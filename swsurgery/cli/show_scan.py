@@ -222,17 +222,20 @@ def show_comparison(report: Comparison) -> None:
     print_text("")
     words = any(model.word_perplexity is not None for model in report.models)
     rounded = any(model.activations != "as computed" for model in report.models)
+    controlled = any(model.control is not None for model in report.models)
     print_table(
         (
-            *("manifest", "activations")[: 1 + rounded],
+            *("manifest", *["activations"][:rounded], *["control"][:controlled]),
             *("scalars", "bytes", "norm", "relative", "perplexity", *["word perplexity"][:words]),
             *("ratio", "interval", "KL", "interval"),
             *("stop-word mass", ""),
         ),
         [
             (
-                *("base" if m.manifest is None else m.manifest, m.activations)[: 1 + rounded],
-                *(m.changed_scalars, m.changed_bytes, format_cell(m.norm), format_cell(m.relative_norm)),
+                *("base" if m.manifest is None else m.manifest, *[m.activations][:rounded]),
+                *[m.control or "-"][:controlled],
+                *(m.changed_scalars, "-" if m.changed_bytes is None else m.changed_bytes),
+                *(format_cell(m.norm) or "-", format_cell(m.relative_norm) or "-"),
                 *(format_cell(m.perplexity), *[format_cell(m.word_perplexity)][:words], format_ratio(m.ratio)),
                 _format_ends(m.ratio_low, m.ratio_high, format_ratio),
                 format_cell(m.kl),
@@ -242,6 +245,9 @@ def show_comparison(report: Comparison) -> None:
             for m in report.models
         ],
     )
+    for m in report.models:
+        if m.control is not None:
+            print_text(f"control   {escape_control(f'{m.manifest}, {m.control}: {m.meaning}')}")
     print_text("\nnorm is the Frobenius norm of the change, relative to the changed tensors in the next column")
     intervals = "intervals are at 95%"
     if all(model.kl_low is None for model in report.models):

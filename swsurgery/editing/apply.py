@@ -26,6 +26,7 @@ from swsurgery.checkpoint.opening import describe_traffic, held
 from swsurgery.checkpoint.record import Patched
 from swsurgery.editing.applied import SMALL_CHECKPOINT, Applied
 from swsurgery.editing.base import collect_known_digests, find_base, read_base
+from swsurgery.editing.control_checks import refuse_controls
 from swsurgery.editing.copy import write_checkpoint
 from swsurgery.editing.copy_job import CopyJob, Link
 from swsurgery.editing.pins import check_left_out, check_planned
@@ -162,6 +163,8 @@ def apply(
         plan = make_plan(loaded, read_base(root, loaded))
         refuse_inside(target, plan.checkpoint)
         combine_bounds(plan, check)  # raises before the copy, which may take an hour
+        if check.controls:
+            refuse_controls(plan)
         draft = draft_record(plan)
         for note in plan.notes:
             reporter.say(note)

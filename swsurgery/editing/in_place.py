@@ -25,6 +25,7 @@ from swsurgery.checkpoint.record_entries import UndoRecord
 from swsurgery.editing.already_applied import report_applied
 from swsurgery.editing.applied import SMALL_CHECKPOINT, Applied
 from swsurgery.editing.base import collect_known_digests
+from swsurgery.editing.control_checks import refuse_controls
 from swsurgery.editing.copy import sort_tallies
 from swsurgery.editing.copy_job import AppliedFile, Copied, compute_record_mode
 from swsurgery.editing.in_place_regions import (
@@ -81,6 +82,8 @@ def apply_in_place(
             return found
         plan = make_plan(loaded, checkpoint)
         combine_bounds(plan, check)  # raises before anything is hashed or written
+        if check.controls:
+            refuse_controls(plan)
         ready = _prepare(plan, folder, undo_limit, opened, reporter, plan.notes)
         mode = compute_record_mode(checkpoint.files)
         with apply_changed(folder, ready.shards, plan.splices, ready.changed, ready.undo_name, mode=mode) as own:

@@ -205,7 +205,7 @@ def make_plan(loaded: LoadedManifest, checkpoint: Checkpoint) -> Plan:
         protected,
         omitted,
         notes,
-        facts=_locate_known(model, checkpoint),
+        facts=locate_known(model, checkpoint),
         rewrites=regions.rewrites,
         protected_regions=regions.protected,
         codes=tuple(codes.edits),
@@ -354,7 +354,7 @@ def _explain_sizes(loaded: LoadedManifest, model: KnownModel | None, checkpoint:
     return [Fault(what, position=str(loaded.path))]
 
 
-def _locate_known(model: KnownModel | None, checkpoint: Checkpoint) -> dict[Coordinate, KnownCoordinate]:
+def locate_known(model: KnownModel | None, checkpoint: Checkpoint) -> dict[Coordinate, KnownCoordinate]:
     """Map coordinates of the checkpoint to the known super weights of its model."""
     facts: dict[Coordinate, KnownCoordinate] = {}
     for entry in model.coordinates if model else ():

@@ -17,12 +17,14 @@ from swsurgery.checkpoint.compare import find_undeclared_changes
 from swsurgery.checkpoint.opening import held, open_checkpoint, read_checkpoint, refuse_other_weights
 from swsurgery.checkpoint.record import RECORD_NAME, Patched, find_record
 from swsurgery.checkpoint.weight_files import Weights
-from swsurgery.editing.check_base import find_checked_base, find_coded
+from swsurgery.editing import control_checks
+from swsurgery.editing.check_base import find_checked_base
 from swsurgery.editing.plan import Plan
 from swsurgery.editing.rejected import Rejected
 from swsurgery.errors import CheckFailed, ModelError, PlanError, SwsurgeryError, Unrunnable, add_remedy
 from swsurgery.hub import Uri, download_checkpoint, open_location, parse_location
 from swsurgery.model import Placement
+from swsurgery.model.controls import parse_controls, refuse_uncontrolled
 from swsurgery.model.protocol import BosChoice, Protocol, ProtocolName, choose_protocol
 from swsurgery.model.report import CheckedBounds, CheckReport
 from swsurgery.model.run_arguments import refuse_bad_prompts, refuse_device, refuse_empty_text
@@ -54,7 +56,8 @@ class CheckOptions:
     `text` is the text to run, or None for the built-in passage. `bounds` take precedence over the manifest's bounds; a
     bound that is None is taken from the manifest. `protocol` says how the text is cut and scored, and `windows`,
     `window`, `stride`, `bos` and `score_first` change it (`model/protocol.py`); None keeps the protocol's value.
-    `generate` is the number of tokens by which both models continue each prompt.
+    `generate` is the number of tokens by which both models continue each prompt. `controls` are other changes of the
+    base to compare with: "mean", "outliers" or "outliers:N" (`model/controls.py`).
     `required` says whether a check that cannot be made is an error; None: it is one if any other option was set.
     """
 
@@ -72,12 +75,13 @@ class CheckOptions:
     stride: int | None = None
     bos: BosChoice | None = None
     score_first: bool | None = None
+    controls: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         """Raise TypeError for a field of the wrong type.
 
-        Raises ModelError for an unknown device, an empty text or a bad prompt, and SwsurgeryError if `generate` is
-        negative.
+        Raises ModelError for an unknown device, an empty text, a bad prompt or an unknown control, and SwsurgeryError
+        if `generate` is negative.
         """
         require_choice("kind", self.kind, get_args(Check))
         require_type("device", self.device, str)
@@ -93,6 +97,7 @@ class CheckOptions:
         refuse_device(self.device)
         refuse_empty_text(self.text)
         refuse_bad_prompts(self.prompts)
+        object.__setattr__(self, "controls", tuple(self.controls) if parse_controls(self.controls) else ())
         self.choose_protocol()
 
     def choose_protocol(self) -> Protocol:
@@ -150,6 +155,7 @@ def check(
     tasks: Sequence[str] | None = None,
     tasks_dir: str | Path | None = None,
     limit: int | None = None,
+    controls: Sequence[str] | None = None,
     reporter: Reporter | None = None,
 ) -> CheckReport:
     """Run a checkpoint and compare it with `base` or, if it has a record, with the base of the record.
@@ -180,6 +186,10 @@ def check(
     with further task files, and `limit` the maximum number of items of each task. Task files can run code, and their
     data are downloaded if they are not in the cache of datasets.
 
+    `controls` change the base in other ways than the edit did: "mean" holds the products of the edited scalars at their
+    means over the text, and "outliers" or "outliers:N" zeroes N other large scalars of down projections
+    (docs/controls.md). They need a record in which only single scalars were edited, and no `base`.
+
     Raises TypeError, HubError, CheckpointError, ModelError, PlanError; SwsurgeryError for a task that cannot be run;
     TargetError if another run is editing the checkpoint in place.
     """
@@ -202,6 +212,7 @@ def check(
         stride=stride,
         bos=bos,
         score_first=score_first,
+        controls=controls or (),
     )
     asked = TaskOptions.of(tasks, tasks_dir, limit)
     require_choice("weights", weights, get_args(Weights), optional=True)
@@ -229,6 +240,9 @@ def check(
             for e in (record.edits if record and base is None else ())
         ]
         found_base = find_checked_base(opened, record, base, bases, reporter.say)
+        if options.controls:
+            control_checks.refuse_without_record(root, record, base)
+            refuse_uncontrolled(changes, found_base.tensors if isinstance(found_base, Variant) else ())
         with add_remedy("use swsurgery verify, which does not run the model") if patched else contextlib.nullcontext():
             found = run_checks(
                 opened,
@@ -237,6 +251,8 @@ def check(
                 generate=options.generate,
                 roundings=roundings,
                 tasks=loaded,
+                controls=parse_controls(options.controls),
+                excluded=control_checks.list_excluded(opened, record) if options.controls and record else (),
                 text=options.text,
                 prompts=options.prompts,
                 bounds=options.bounds,
@@ -329,19 +345,15 @@ def combine_bounds(plan: Plan, options: CheckOptions) -> CheckedBounds:
 
     Raises PlanError if no ratio satisfies both bounds, or if the chosen check does not measure the ratio.
     """
-    unmet = [
-        text
-        for text, given in (
-            ("measure perplexity, but a bound on its ratio was given", options.bounds),
-            ("run the model, but --generate was given", options.generate),
-        )
-        if given and options.kind in ("off", "weights")
-    ]
-    if unmet:
-        option = "the bound" if options.bounds else "--generate"
-        raise PlanError(
-            f"--check {options.kind} does not {unmet[0]}", remedy=f"leave out {option} or --check {options.kind}"
-        )
+    for given, option, text in (
+        (options.bounds, "the bound", "measure perplexity, but a bound on its ratio was given"),
+        (options.generate, "--generate", "run the model, but --generate was given"),
+        (options.controls, "--control", "run the model, but --control was given"),
+    ):
+        if given and options.kind in ("off", "weights"):
+            raise PlanError(
+                f"--check {options.kind} does not {text}", remedy=f"leave out {option} or --check {options.kind}"
+            )
     given, said = options.bounds or CheckedBounds(), plan.loaded.manifest.check
     most = said.max_perplexity_ratio if given.max_perplexity_ratio is None else given.max_perplexity_ratio
     least = said.min_perplexity_ratio if given.min_perplexity_ratio is None else given.min_perplexity_ratio
@@ -367,8 +379,7 @@ def _check_forward(
         model.ScalarChange(s.coordinate, float(decode(s.dtype, s.old)), float(decode(s.dtype, s.new)))
         for s in plan.splices
     ]
-    tensors = frozenset(rewrite.region.tensor for rewrite in plan.rewrites)
-    tensors |= find_coded((splice.coordinate.tensor for splice in plan.splices), plan.checkpoint)
+    tensors = control_checks.list_whole_tensors(plan)
     return run_checks(
         read_checkpoint(patched, plan.loaded.manifest.base),
         changes,
@@ -380,6 +391,8 @@ def _check_forward(
         placement=options.placement,
         protocol=options.choose_protocol(),
         generate=options.generate,
+        controls=parse_controls(options.controls),
+        excluded=control_checks.list_plan_excluded(plan),
         progress=progress,
         say=say,
     )

@@ -21,6 +21,7 @@ def describe_changes(
             variant.rounding if where is not None else None,
             index if others.has(index, where) else None,
             places.list_scalars_in(variant.scalars, where),
+            places.list_scalars_in(dict.fromkeys(variant.held, 0.0), where),
         )
         for index, variant in enumerate(variants)
     ]

@@ -6,7 +6,7 @@ one set of weights. Importing this module does not load torch, which takes secon
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.errors import ModelError
 from swsurgery.model import Placement, ScalarChange, tokens
+from swsurgery.model.controls import Control
 from swsurgery.model.cutting import TokenizedText, cut_text
 from swsurgery.model.protocol import DEFAULT_PROTOCOL, Protocol
 from swsurgery.model.report import CheckedBounds, CheckReport, Continuations, Generation, RoundedSide
@@ -23,9 +24,11 @@ from swsurgery.model.text import choose_text
 from swsurgery.model.tokenizer import Tokenizer
 from swsurgery.model.variant import Rounding, Scalars, Variant, describe_rounding
 from swsurgery.progress import Progress, Silent
+from swsurgery.storage.coordinate import Coordinate
 from swsurgery.storage.dtypes import decode
 
 if TYPE_CHECKING:
+    from swsurgery.model.control_run import ControlRun
     from swsurgery.model.measure import Totals
     from swsurgery.model.pair import ModelPair
     from swsurgery.model.tasks.report import TaskReport
@@ -54,6 +57,8 @@ def run_checks(
     roundings: Sequence[Rounding] = (),
     generate: int = 0,
     tasks: LoadedTasks | None = None,
+    controls: Sequence[Control] = (),
+    excluded: Collection[Coordinate] = (),
     progress: Progress | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> CheckReport:
@@ -83,6 +88,9 @@ def run_checks(
 
     With `roundings`, both models also run with rounded activations, and the report lists their figures. Bounds do not
     apply to these. With `tasks`, all of these models also answer the requests of the tasks.
+
+    With `controls`, the base also runs with other changes (`controls.py`). The scalars in `excluded` are no outliers.
+    Bounds do not apply to controls. They need a base that differs in the scalars of `changes` only.
 
     Raises ModelError with one line if a library is missing, if the device does not work or is too small, if the model
     or the tokenizer cannot be loaded, or if a changed scalar is not in the loaded model. A failed check raises nothing:
@@ -116,11 +124,13 @@ def run_checks(
         _refuse_lengths(prompts, beginnings, context)
         measure.refuse_unknown_tokens(paired.model, [*pieces, *beginnings])
 
-        count = sides * (1 + len(roundings))
+        count = sides * (1 + len(roundings)) + len(controls)
+        edited = [change.coordinate for change in changes]
+        controlled = _plan_controls(controls, checkpoint, pair, edited, excluded, len(pieces)) if controls else None
         totals = measure.Totals([token for token in words.stop_words if token < vocabulary], count, words=cut.words)
         continuations = []
         with load.convert_run_errors(paired.device, paired.weights is not None):
-            for outcomes in pair.run([*pieces, *beginnings], roundings, progress):
+            for outcomes in pair.run([*pieces, *beginnings], roundings, progress, controlled):
                 number = outcomes.sequence - len(pieces)
                 if number < 0:
                     totals.add_window(pieces[outcomes.sequence], outcomes)
@@ -163,7 +173,22 @@ def run_checks(
                 for at, prompt in enumerate(prompts if texts else ())
             ),
             tasks=scores,
+            controls=controlled.make_results(totals, totals.token_nll[last]) if controlled else (),
         )
+
+
+def _plan_controls(
+    controls: Sequence[Control],
+    checkpoint: Checkpoint,
+    pair: ModelPair,
+    edited: Sequence[Coordinate],
+    excluded: Collection[Coordinate],
+    windows: int,
+) -> ControlRun:
+    """Plan the controls of an edit of single scalars. Raises ArchitectureError, ModelError and ShardError."""
+    from swsurgery.model.control_run import ControlRun, plan_controls
+
+    return ControlRun(plan_controls(controls, checkpoint, pair.old.scalars, edited, excluded), windows)
 
 
 def _run_tasks(

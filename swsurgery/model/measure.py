@@ -150,11 +150,7 @@ class Totals:
 
     def compute_ratio_interval(self, number: int = 1) -> Interval:
         """Return the perplexity of a variant divided by that of the base, with the 95% interval of this ratio."""
-        pairs = list(zip(self.token_nll[number], self.token_nll[0], strict=True))
-        rises = [float((mine.nan_to_num(nan=math.inf) - base).mean()) for mine, base in pairs]
-        mean, low, high = compute_mean_interval(rises, [len(base) for _, base in pairs])
-        ends = (None if end is None else compute_exp(end) for end in (low, high))
-        return Interval(compute_exp(mean), *ends)
+        return compute_paired_ratio(self.token_nll[number], self.token_nll[0])
 
     def compute_kl_interval(self, number: int = 1) -> Interval:
         """Return the mean KL(base || variant) per scored token in nats, with its 95% interval."""
@@ -172,6 +168,18 @@ class Totals:
             largest_by_layer=tuple(value for _, value in sorted(self.by_layer[number].items())),
             word_perplexity=compute_exp(self.compute_nll(number) / self.words) if self.words else None,
         )
+
+
+def compute_paired_ratio(mine: Sequence[Tensor], base: Sequence[Tensor]) -> Interval:
+    """Return the perplexity of one model divided by that of another, with the 95% interval of this ratio.
+
+    `mine` and `base` contain the losses of both models on the same tokens, one tensor per span (`Totals.token_nll`).
+    """
+    pairs = list(zip(mine, base, strict=True))
+    rises = [float((one.nan_to_num(nan=math.inf) - other).mean()) for one, other in pairs]
+    mean, low, high = compute_mean_interval(rises, [len(other) for _, other in pairs])
+    ends = (None if end is None else compute_exp(end) for end in (low, high))
+    return Interval(compute_exp(mean), *ends)
 
 
 def list_top_tokens(tokenizer: Tokenizer, logits: Tensor) -> tuple[tuple[str, float], ...]:

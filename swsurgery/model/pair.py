@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.errors import ModelError
 from swsurgery.model import Placement, load, measure
+from swsurgery.model.control_run import ControlRun
 from swsurgery.model.forward import LayeredModel
 from swsurgery.model.generate import TextLimits, generate, list_stops
 from swsurgery.model.outcomes import Outcomes, join_outcomes
@@ -41,11 +42,16 @@ class ModelPair:
         return "separate models" if self.base is not None else self.patched.method
 
     def run(
-        self, sequences: Sequence[Sequence[int]], roundings: Sequence[Rounding], progress: Progress | None
+        self,
+        sequences: Sequence[Sequence[int]],
+        roundings: Sequence[Rounding],
+        progress: Progress | None,
+        controls: ControlRun | None = None,
     ) -> Iterator[Outcomes]:
         """Run both models. The variants are base and patched, then base and patched with each rounding.
 
-        If there is no base, the variants are the patched model without and with each rounding.
+        If there is no base, the variants are the patched model without and with each rounding. The variants of
+        `controls` come last; they need a base that differs in single scalars only.
         """
         own = [Variant(), *(Variant(rounding=rounding) for rounding in roundings)]
         old = [self.old, *(replace(self.old, rounding=rounding) for rounding in roundings)]
@@ -53,6 +59,8 @@ class ModelPair:
             return self.patched.run(sequences, own, progress=progress)
         if self.base is None:
             both = [variant for pair in zip(old, own, strict=True) for variant in pair]
+            if controls is not None:
+                return controls.run(self.patched, sequences, both, progress)
             return self.patched.run(sequences, both, progress=progress)
         runs = (self.base.run(sequences, old, progress=progress), self.patched.run(sequences, own, progress=progress))
         order = [*range(0, 2 * len(own), 2), *range(1, 2 * len(own), 2)]

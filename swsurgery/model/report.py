@@ -10,6 +10,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from swsurgery.model.controls import ControlResult
 from swsurgery.model.protocol import DEFAULT_PROTOCOL, Protocol
 from swsurgery.model.tasks.report import TaskReport
 from swsurgery.storage.numbers import round_number
@@ -140,6 +141,7 @@ class CheckReport(Result):
     tasks: TaskReport | None = None
     protocol: Protocol = DEFAULT_PROTOCOL
     words: int | None = None
+    controls: tuple[ControlResult, ...] = ()
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -240,6 +242,8 @@ class CheckReport(Result):
             document["generations"] = [dict(vars(each)) for each in self.generations]
         if self.tasks is not None:
             document["tasks"] = self.tasks.to_json()
+        if self.controls:
+            document["controls"] = [control.to_json() for control in self.controls]
         if self.notes:
             document["notes"] = list(self.notes)
         if not self.compared:

@@ -1,4 +1,4 @@
-"""Describe how a variant of a checkpoint differs from it: other scalars, other tensors, or rounded activations.
+"""Describe how a variant of a checkpoint differs from it: other scalars, other tensors, or changed activations.
 
 This module must not depend on torch.
 """
@@ -70,18 +70,22 @@ class Variant:
     """A loaded checkpoint with other values for `scalars`, and with `tensors` (stored names) read from `checkpoint`.
 
     The other checkpoint stores these tensors in the same shapes. It may be virtual: only the files of its shards are
-    read. No scalar is in one of the tensors. `rounding` None leaves the activations as they are.
+    read. No scalar is in one of the tensors. `rounding` None leaves the activations as they are. The scalars in `held`
+    are 0 in the variant, and an object that watches the run adds the means of their products instead (`held_means.py`).
     """
 
     scalars: Scalars = field(default_factory=dict)
     tensors: frozenset[str] = frozenset()
     checkpoint: Checkpoint | None = None
     rounding: Rounding | None = None
+    held: frozenset[Coordinate] = frozenset()
 
     def __post_init__(self) -> None:
-        """Raise ValueError for tensors without a checkpoint, and for a scalar in one of the tensors."""
+        """Raise ValueError for tensors without a checkpoint, a scalar in one of the tensors, or a held scalar not 0."""
         if self.tensors and self.checkpoint is None:
             raise ValueError("tensors need a checkpoint from which they are read")
+        if any(self.scalars.get(coordinate) != 0 for coordinate in self.held):
+            raise ValueError("a held scalar is not 0")
         if any(coordinate.tensor in self.tensors for coordinate in self.scalars):
             raise ValueError("a scalar is in a tensor of the other checkpoint")
 

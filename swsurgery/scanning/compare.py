@@ -11,12 +11,14 @@ from pathlib import Path
 
 from swsurgery.checkpoint.opening import held, read_checkpoint
 from swsurgery.editing.base import find_base
+from swsurgery.editing.control_checks import refuse_controls
 from swsurgery.editing.pins import check_planned
 from swsurgery.editing.plan import make_plan
 from swsurgery.errors import ManifestError
 from swsurgery.hub import download_checkpoint
 from swsurgery.manifest.load import LoadedManifest, ManifestLike, load_manifest
 from swsurgery.model import Placement
+from swsurgery.model.controls import parse_controls
 from swsurgery.model.protocol import BosChoice, ProtocolName, choose_protocol
 from swsurgery.model.start_up import start_up
 from swsurgery.model.tasks.load import load_tasks
@@ -48,6 +50,7 @@ def compare(
     tasks: Sequence[str] | None = None,
     tasks_dir: str | Path | None = None,
     limit: int | None = None,
+    controls: Sequence[str] | None = None,
     reporter: Reporter | None = None,
 ) -> Comparison:
     """Measure one base and the result of applying each of `manifests` to it, in one run; no checkpoint is written.
@@ -56,7 +59,8 @@ def compare(
     downloaded. The text and the options of the model are those of `check`. With `activation_bits`, every model also
     runs with the inputs of its linear layers rounded to so many bits, once as they are and once with the super
     activation held out (arXiv:2411.07191, section 4.1). `plot` is a figure, .png, .svg or .pdf. `tasks`, `tasks_dir`
-    and `limit` are those of `check`; every model answers the tasks.
+    and `limit` are those of `check`; every model answers the tasks. `controls` are those of `check`, measured for each
+    manifest; every manifest must then edit single scalars only.
 
     Raises TypeError, HubError, ManifestError (no manifest, or different bases), CheckpointError, PlanError, ModelError,
     TargetError; SwsurgeryError for a task that cannot be run.
@@ -68,6 +72,7 @@ def compare(
     chosen = choose_protocol(protocol, windows=windows, window=window, stride=stride, bos=bos, score_first=score_first)
     options = RunOptions(device, placement, text, chosen)
     roundings = list_roundings(activation_bits, activation_per)
+    asked_controls = parse_controls(controls)
     asked = TaskOptions.of(tasks, tasks_dir, limit)
     if target is not None:
         figures.check_figure_path(target)
@@ -78,6 +83,8 @@ def compare(
         entered = stack.enter_context(held(download_checkpoint(find_base(loaded[0], base))))
         checkpoint = read_checkpoint(entered, loaded[0].manifest.base)
         plans = [check_planned(make_plan(one, checkpoint), reporter) for one in loaded]
+        for plan in plans if asked_controls else ():
+            refuse_controls(plan)
         start_up(checkpoint, options.device, options.placement, reporter)
         from swsurgery.scanning.measure_comparison import compare_plans
 
@@ -86,6 +93,7 @@ def compare(
             plans,
             roundings,
             tasks=known,
+            controls=asked_controls,
             progress=Rounds(reporter),
             say=reporter.say,
             **options.on_text,

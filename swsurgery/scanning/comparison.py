@@ -11,6 +11,9 @@ from swsurgery.model.tasks.report import TaskReport
 from swsurgery.storage.numbers import round_number
 from swsurgery.storage.result import TableResult
 
+_OPTIONAL = frozenset({"word_perplexity", "control", "meaning"})
+"""The fields of a model that are absent from its JSON if they are None."""
+
 
 @dataclass(frozen=True)
 class ComparedModel:
@@ -23,14 +26,18 @@ class ComparedModel:
     `ratio` is the perplexity divided by that of the base with activations as computed, and `kl` the mean KL(base ||
     model) in nats per token. `low` and `high` are the ends of their 95% intervals; None if there are fewer than eight
     windows.
+
+    `control` is None, or names a control of the edit of this manifest, such as "28 other outliers zeroed". The model is
+    then the base with this control: `changed_scalars` counts the zeroed scalars, and `changed_bytes` and both norms are
+    None, because a control is no checkpoint. `meaning` says what the control means for the edit.
     """
 
     manifest: str | None
     activations: str
     changed_scalars: int
-    changed_bytes: int
-    norm: float
-    relative_norm: float
+    changed_bytes: int | None
+    norm: float | None
+    relative_norm: float | None
     perplexity: float
     ratio: float
     ratio_low: float | None
@@ -41,22 +48,27 @@ class ComparedModel:
     stopword_mass: float
     finite: bool
     word_perplexity: float | None = None
+    control: str | None = None
+    meaning: str | None = None
 
     @property
     def name(self) -> str:
-        """The path of the manifest or "base", and how activations were rounded."""
+        """The path of the manifest or "base", and how activations were rounded or what the control does."""
         name = "base" if self.manifest is None else self.manifest
+        if self.control is not None:
+            return f"{name}, control: {self.control}"
         return name if self.activations == "as computed" else f"{name}, {self.activations}"
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as strict JSON types, with 6 significant digits; NaN and infinities become None.
 
-        The perplexity per word is absent if the protocol does not count words.
+        The perplexity per word is absent if the protocol does not count words, and the fields of a control are absent
+        from other models.
         """
         return {
             key: (round_number(value) if math.isfinite(value) else None) if isinstance(value, float) else value
             for key, value in vars(self).items()
-            if key != "word_perplexity" or value is not None
+            if key not in _OPTIONAL or value is not None
         }
 
 
@@ -64,7 +76,7 @@ class ComparedModel:
 class Comparison(TableResult):
     """The measurements of a base and of several edits of it, on the same text in one run.
 
-    `models` begins with the base; the others are in the order of the manifests.
+    `models` begins with the base; the others are in the order of the manifests, each followed by its controls.
     """
 
     base: str
@@ -81,10 +93,15 @@ class Comparison(TableResult):
 
     def to_rows(self) -> list[dict[str, object]]:
         """Return one row per model: the fields of a ComparedModel, and its scores on tasks."""
-        return [
-            model.to_json() | ({} if self.tasks is None else self.tasks.to_columns(number))
-            for number, model in enumerate(self.models)
-        ]
+        rows = [model.to_json() for model in self.models]
+        if any(model.control is not None for model in self.models):
+            rows = [row | {"control": row.get("control"), "meaning": row.get("meaning")} for row in rows]
+        if self.tasks is None:
+            return rows
+        none = dict.fromkeys(self.tasks.to_columns(0))  # controls answer no tasks
+        answered = [at for at, model in enumerate(self.models) if model.control is None]
+        columns = {at: self.tasks.to_columns(number) for number, at in enumerate(answered)}
+        return [row | columns.get(at, none) for at, row in enumerate(rows)]
 
     def to_json(self) -> dict[str, Any]:
         """Return the document that `compare --json` prints."""

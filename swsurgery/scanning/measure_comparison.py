@@ -5,16 +5,19 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from swsurgery.checkpoint.checkpoint import Checkpoint
+from swsurgery.editing.control_checks import list_plan_excluded
 from swsurgery.editing.overlay import overlay_checkpoint
 from swsurgery.editing.plan import Plan
 from swsurgery.model import Placement, load, measure, tokens
+from swsurgery.model.control_run import PlannedControl, plan_controls, run_variants
+from swsurgery.model.controls import Control
 from swsurgery.model.protocol import Protocol
 from swsurgery.model.tasks.load import LoadedTasks
 from swsurgery.model.torch_dtypes import TORCH_DTYPES
@@ -35,6 +38,7 @@ def compare_plans(
     roundings: Sequence[Rounding],
     *,
     tasks: LoadedTasks | None = None,
+    controls: Sequence[Control] = (),
     text: str | None,
     protocol: Protocol,
     device: str,
@@ -45,13 +49,17 @@ def compare_plans(
     """Measure the base `checkpoint` and the checkpoint that each plan would write.
 
     Every model runs as it is and with each of `roundings`. Variants share one pass over the weights, or a few if their
-    hidden states need too much memory. With `tasks`, every model also answers their requests.
+    hidden states need too much memory. With `tasks`, every model also answers their requests. With `controls`, the base
+    also runs with the controls of each edit, which answer no tasks.
     """
     overlays = [overlay_checkpoint(plan, progress) for plan in plans]
     edits = [_Edit(None, Variant(), 0, 0, 0.0, 0.0)]
     edits += [_measure_edit(plan, overlay) for plan, overlay in zip(plans, overlays, strict=True)]
-    cases = [(edit, rounding) for edit in edits for rounding in (None, *roundings)]
-    variants = [replace(edit.variant, rounding=rounding) for edit, rounding in cases]
+    cases = [_Case(edit, rounding) for edit in edits[:1] for rounding in (None, *roundings)]
+    for plan, edit in zip(plans, edits[1:], strict=True):
+        cases += [_Case(edit, rounding) for rounding in (None, *roundings)]
+        edited, excluded = [splice.coordinate for splice in plan.splices], list_plan_excluded(plan)
+        cases += [_Case(edit, None, one) for one in plan_controls(controls, checkpoint, {}, edited, excluded)]
     with load.hide_output():
         tokenizer = load.load_tokenizer(checkpoint.directory)
         model = load.open_model(checkpoint, device=device, placement=placement, say=say)
@@ -59,20 +67,25 @@ def compare_plans(
         pieces = cut.windows
         stop_tokens = tokens.stop_word_tokens(tokenizer, measure.get_vocabulary_size(model.model))
         models: list[ComparedModel] = []
+        patched: list[Tensor] = []
         with load.convert_run_errors(model.device, model.weights is not None):
             at_once = count_variants_at_once(model, pieces)
-            for begin in range(1, max(2, len(variants)), at_once):
-                group = [0, *range(begin, min(begin + at_once, len(variants)))]
+            for begin in range(1, max(2, len(cases)), at_once):
+                group = [0, *range(begin, min(begin + at_once, len(cases)))]
                 totals = measure.Totals(stop_tokens, len(group), words=cut.words)
-                for outcomes in model.run(pieces, [variants[number] for number in group], progress=progress):
+                for outcomes in run_variants(model, pieces, [cases[number].variant for number in group], progress):
                     totals.add_window(pieces[outcomes.sequence], outcomes)
                 first = 0 if begin == 1 else 1
-                models += [_make_model(totals, at, *cases[group[at]]) for at in range(first, len(group))]
+                for at in range(first, len(group)):
+                    if cases[group[at]].is_edit:
+                        patched = totals.token_nll[at]
+                    models.append(_make_model(totals, at, cases[group[at]], patched))
             scores = None
             if tasks is not None:
                 from swsurgery.model.tasks.measure_tasks import measure_tasks  # imports lm-eval
 
-                names = [one.name for one in models]
+                names = [one.name for one in models if one.control is None]
+                variants = [case.variant for case in cases if case.control is None]
                 run = functools.partial(model.run, variants=variants, progress=progress)
                 scores = measure_tasks(tasks, checkpoint.directory, model, names, run)
     return Comparison(
@@ -96,6 +109,25 @@ class _Edit:
     def __init__(self, name: Path | None, variant: Variant, scalars: int, size: int, norm: float, relative: float):
         self.name, self.variant = name, variant
         self.scalars, self.size, self.norm, self.relative = scalars, size, norm, relative
+
+
+@dataclass(frozen=True)
+class _Case:
+    """One measured model: an edit as computed or with rounded activations, or a control of the edit."""
+
+    edit: _Edit
+    rounding: Rounding | None
+    control: PlannedControl | None = None
+
+    @property
+    def variant(self) -> Variant:
+        """The variant of the base that is run."""
+        return replace(self.edit.variant, rounding=self.rounding) if self.control is None else self.control.variant
+
+    @property
+    def is_edit(self) -> bool:
+        """True for an edit as computed, with which its controls are compared."""
+        return self.rounding is None and self.control is None
 
 
 def _measure_edit(plan: Plan, patched: Checkpoint) -> _Edit:
@@ -145,12 +177,13 @@ def _view_bits(values: Tensor) -> Tensor:
     return values.view(widths[values.element_size()])
 
 
-def _make_model(totals: measure.Totals, number: int, edit: _Edit, rounding: Rounding | None) -> ComparedModel:
-    side = totals.summarise_side(number)
+def _make_model(totals: measure.Totals, number: int, case: _Case, patched: Sequence[Tensor]) -> ComparedModel:
+    """Compute the figures of variant `number`. `patched` contains the losses of the edit, for its controls."""
+    side, edit = totals.summarise_side(number), case.edit
     ratio, kl = totals.compute_ratio_interval(number), totals.compute_kl_interval(number)
-    return ComparedModel(
+    found = ComparedModel(
         manifest=None if edit.name is None else str(edit.name),
-        activations=describe_rounding(rounding),
+        activations=describe_rounding(case.rounding),
         changed_scalars=edit.scalars,
         changed_bytes=edit.size,
         norm=edit.norm,
@@ -165,4 +198,16 @@ def _make_model(totals: measure.Totals, number: int, edit: _Edit, rounding: Roun
         stopword_mass=side.stopword_mass,
         finite=side.finite,
         word_perplexity=side.word_perplexity,
+    )
+    if case.control is None:
+        return found
+    result = case.control.make_result(totals, number, patched, ())
+    return replace(
+        found,
+        changed_scalars=result.scalars,
+        changed_bytes=None,
+        norm=None,
+        relative_norm=None,
+        control=result.name,
+        meaning=result.meaning,
     )

@@ -85,6 +85,38 @@ class RoundedItem(DocumentPart):
     finite: bool
 
 
+class HeldItem(DocumentPart):
+    """The mean product of a scalar and its input in the base: in first tokens of windows, and in all other tokens."""
+
+    tensor: str
+    index: list[int]
+    first: Number
+    others: Number
+
+
+class ControlItem(DocumentPart):
+    """The base with another change than the edit, and 95% intervals; null if there are too few windows.
+
+    `ratio` is the perplexity divided by that of the base, and `edit_over_control` that of the patched model divided by
+    this one. `smallest_magnitude` exists for outliers and `held` for the mean.
+    """
+
+    control: Literal["mean", "outliers"]
+    scalars: int
+    perplexity: Number
+    ratio: Number
+    ratio_low: Number
+    ratio_high: Number
+    edit_over_control: Number
+    edit_over_control_low: Number
+    edit_over_control_high: Number
+    kl: Number
+    finite: bool
+    meaning: str
+    smallest_magnitude: Number = ABSENT
+    held: list[HeldItem] = ABSENT
+
+
 class GenerationItem(DocumentPart):
     """How both models continue a prompt, always by the most likely token. `base` is null without a base."""
 
@@ -96,8 +128,8 @@ class GenerationItem(DocumentPart):
 class ForwardCheck(DocumentPart):
     """The figures of the forward check. `kl` is KL(base || patched) in nats per token. Without a base it is null.
 
-    `ratio_low` and `ratio_high` are the ends of the 95% interval of `perplexity_ratio`. `generations` and `tasks` exist
-    if they were asked for, and `notes` if something limits the figures, such as a short text.
+    `ratio_low` and `ratio_high` are the ends of the 95% interval of `perplexity_ratio`. `controls`, `generations` and
+    `tasks` exist if they were asked for, and `notes` if something limits the figures, such as a short text.
     """
 
     base: SideItem | None
@@ -116,6 +148,7 @@ class ForwardCheck(DocumentPart):
     device: str
     dtype: str
     versions: dict[str, str]
+    controls: list[ControlItem] = ABSENT
     rounded_activations: list[RoundedItem] = ABSENT
     generations: list[GenerationItem] = ABSENT
     tasks: TaskScores = ABSENT

@@ -367,12 +367,16 @@ class SweepDocument(Document, RunConditions):
 
 
 class ComparedItem(DocumentPart):
-    """The figures of the base (`manifest` null) or of the base with the edits of one manifest."""
+    """The figures of the base (`manifest` null) or of the base with the edits of one manifest.
+
+    With `control`, they are those of the base with a control of these edits, and `meaning` says what they mean. Its
+    `changed_bytes`, `norm` and `relative_norm` are null.
+    """
 
     manifest: str | None
     activations: str
     changed_scalars: int
-    changed_bytes: int
+    changed_bytes: int | None
     norm: Number
     relative_norm: Number
     perplexity: Number
@@ -385,6 +389,8 @@ class ComparedItem(DocumentPart):
     stopword_mass: Number
     finite: bool
     word_perplexity: Number = ABSENT
+    control: str = ABSENT
+    meaning: str = ABSENT
 
 
 class ComparisonDocument(Document, RunConditions):

@@ -136,10 +136,11 @@ def _list_models(paper: Axes, models: Sequence[ComparedModel]) -> None:
 
 
 def _name_model(number: int, model: ComparedModel) -> str:
-    """Return the label of a model: its number on the axis, the manifest's name, and how activations were rounded."""
+    """Return the label of a model: its number on the axis, its manifest, and its rounding or control."""
     name = "base" if model.manifest is None else Path(model.manifest).stem
     rounded = "" if model.activations == "as computed" else f", {model.activations}"
-    return escape_control(f"{number}  {name}{rounded}")
+    control = "" if model.control is None else f", control: {model.control}"
+    return escape_control(f"{number}  {name}{rounded}{control}")
 
 
 def _scale(base: float, low: float | None, high: float | None) -> tuple[float | None, float | None]:

@@ -77,6 +77,7 @@ def show_check(check: Document) -> list[Markup]:
             show_figures(_show_main_figures(check)),
             _show_facts(check),
         ),
+        make_section("Controls", _show_controls(check)),
         make_section("Inputs rounded to few bits", _show_rounded(check)),
         make_section("Tasks", show_tasks(check)),
         make_section("Next tokens", *_show_prompts(check)),
@@ -179,6 +180,31 @@ def _show_rounded(check: Document) -> Markup:
     ]
     header = ("", "inputs of linear layers", "perplexity", "ratio", "KL", "stop-word mass")
     return make_table(header, rows, numeric=(2, 3, 4, 5))
+
+
+def _show_controls(check: Document) -> Markup:
+    """Render the effects of other changes of the base, and what each means for the edit."""
+    names = {"mean": "products of the edited scalars held at their means", "outliers": "other outliers zeroed"}
+    rows = [
+        [
+            names.get(read_text(one, "control")),
+            show_number(one.get("scalars")),
+            show_number(one.get("perplexity")),
+            *(show_ratio(one.get(key)) if not key.endswith("_") else _show_control_ends(one, key) for key in _COLUMNS),
+            read_text(one, "meaning"),
+        ]
+        for one in read_maps(check, "controls")
+    ]
+    header = ("control", "scalars", "perplexity", "ratio", "interval", "edit / control", "interval", "meaning")
+    return make_table(header, rows, numeric=range(1, 7))
+
+
+_COLUMNS = ("ratio", "ratio_", "edit_over_control", "edit_over_control_")
+"""The keys of the ratios of a control; a key that ends in _ stands for the two ends of the interval."""
+
+
+def _show_control_ends(one: Document, key: str) -> str | None:
+    return show_interval(one.get(f"{key}low"), one.get(f"{key}high"))
 
 
 def _show_prompts(check: Document) -> list[Markup]:

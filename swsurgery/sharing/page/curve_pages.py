@@ -107,10 +107,12 @@ def render_comparison(subject: str, document: Document) -> Page:
         figures.append(show_figure(caption, draw_dots(caption, dots, "", kind, reference)))
     sections = (
         make_section("Quality", show_figures(figures), make_tag("p", "Intervals are at 95%.", class_="aside")),
-        make_section("Figures", _show_models(models, labels), show_measured(document, document)),
+        make_section(
+            "Figures", _show_models(models, labels), _show_meanings(models), show_measured(document, document)
+        ),
         make_section("Tasks", show_tasks(document)),
     )
-    edited = [model for model in models if model.get("manifest") is not None]
+    edited = [model for model in models if model.get("manifest") is not None and not model.get("control")]
     count = len({str(model.get("manifest")) for model in edited})
     answer = [escape(f"{pluralise(count, 'manifest')} compared.")]
     ratios = [(r, m) for m in edited if (r := read_number(m, "ratio")) is not None and is_finite(r)]
@@ -121,11 +123,19 @@ def render_comparison(subject: str, document: Document) -> Page:
     return Page(f"Comparison of edits of {read_text(document, 'base')}", join(answer), sections)
 
 
+def _show_meanings(models: list[Document]) -> Markup:
+    """List what each control means for its edit."""
+    return make_list(
+        [f"{_name_model(model)}: {read_text(model, 'meaning')}" for model in models if read_text(model, "control")]
+    )
+
+
 def _name_model(model: Document) -> str:
-    """Return the name of a manifest without its folder and ending, or "base", and how activations were rounded."""
+    """Return the name of a manifest without its folder and ending, or "base", and its rounding or control."""
     manifest, activations = read_text(model, "manifest"), read_text(model, "activations")
     rounded = "" if activations in ("", "as computed") else f", {activations}"
-    return f"{PurePath(manifest).stem if manifest else 'base'}{rounded}"
+    control = f", control: {words}" if (words := read_text(model, "control")) else ""
+    return f"{PurePath(manifest).stem if manifest else 'base'}{rounded}{control}"
 
 
 def _show_models(models: list[Document], labels: list[str]) -> Markup:
