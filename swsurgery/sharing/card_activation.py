@@ -15,7 +15,10 @@ from swsurgery.known.table import describe_max_activation
 from swsurgery.sharing.markdown import escape, render_code, render_table
 from swsurgery.storage.numbers import NO_COMMAS, format_number
 
-_HEADER = ("model", "value", "layer", "token", "channel")
+_HEADER = ("model", "value", "layer", "token", "channel", "half reached in layer", "below half in layer")
+
+HALF = 0.5
+"""Share of the largest activation that counts as large: the card states from which to which layer it lasts."""
 
 
 def render_largest(record: Record) -> list[str]:
@@ -24,7 +27,14 @@ def render_largest(record: Record) -> list[str]:
     published = _describe_published(record, bool(rows))
     if not rows and not published:
         return []
-    measured = ["The largest hidden state after any layer, on the text of the check:", render_table(_HEADER, rows)]
+    protocol = record.check.get("text", {})
+    protocol = protocol.get("protocol") if isinstance(protocol, dict) else None
+    bos = {"yes": ", whose windows begin with BOS", "no": ", whose windows begin without BOS"}
+    said = bos.get(str(protocol.get("bos")), "") if isinstance(protocol, dict) else ""
+    measured = [
+        f"The largest hidden state after any layer, on the text of the check{said}:",
+        render_table(_HEADER, rows),
+    ]
     return ["## Largest activation", *(measured if rows else []), *published]
 
 
@@ -32,13 +42,30 @@ def _make_row(side: str, check: Mapping[str, Any]) -> list[str] | None:
     """Return the cells for one side of a check; None if the check has no largest hidden state of this side."""
     figures = check.get(side)
     peak = figures.get("super_activation") if isinstance(figures, dict) else None
-    if not isinstance(peak, dict):
+    if not isinstance(figures, dict) or not isinstance(peak, dict):
         return None
     value = peak.get("value")
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     # A check stores None for a value that is not finite.
     written = "not finite" if value is None else format_number(value, 6, NO_COMMAS) if is_number else render_code(value)
-    return [side, written, *(render_code(peak.get(key)) for key in _HEADER[2:])]
+    layers = _find_span(value if is_number else None, peak.get("layer"), figures.get("largest_by_layer"))
+    return [side, written, *(render_code(peak.get(key)) for key in _HEADER[2:5]), *layers]
+
+
+def _find_span(value: object, peak: object, by_layer: object) -> tuple[str, str]:
+    """Find where the largest hidden state of a layer reaches half of the largest of all, and where it is less again.
+
+    Returns the first layer before the peak from which on half is reached, and the first layer after the peak with less.
+    A dash stands for what the check does not state.
+    """
+    if not isinstance(by_layer, list) or type(peak) is not int or not 0 <= peak < len(by_layer):
+        return "-", "-"
+    if not isinstance(value, (int, float)) or any(not isinstance(one, (int, float)) for one in by_layer):
+        return "-", "-"
+    large = [abs(one) >= HALF * abs(value) for one in by_layer]
+    first = next((layer + 1 for layer in range(peak, -1, -1) if not large[layer]), 0)
+    down = next((layer for layer in range(peak, len(large)) if not large[layer]), None)
+    return str(first), "never" if down is None else str(down)
 
 
 def _describe_published(record: Record, measured: bool) -> list[str]:

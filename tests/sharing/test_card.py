@@ -122,7 +122,7 @@ def test_the_largest_activation_stands_in_the_card_beside_the_published_one():
     """The published value is the one that `lookup gemma-2b` prints."""
     peak = {"layer": 1, "token": 0, "channel": 2533, "value": -2622.5, "window": 3}
     check = FORWARD | {
-        "base": FORWARD["base"] | {"super_activation": peak},
+        "base": FORWARD["base"] | {"super_activation": peak, "largest_by_layer": [3.0, -2622.5, 2000.0, 1200.0]},
         "patched": FORWARD["patched"] | {"super_activation": peak | {"value": None, "layer": 30}},
     }
     base = BaseRecord(repo_id="google/gemma-2b", revision=COMMIT, named_by="cache")
@@ -132,13 +132,32 @@ def test_the_largest_activation_stands_in_the_card_beside_the_published_one():
         card.render_patch_body(made, "org/patch", b"version: 1\n", "edit.patch", 10),
     ):
         assert table(body, "Largest activation") == [
-            ["model", "value", "layer", "token", "channel"],
-            ["base", "-2622.5", "1", "0", "2533"],
-            ["patched", "not finite", "30", "0", "2533"],
+            ["model", "value", "layer", "token", "channel", "half reached in layer", "below half in layer"],
+            ["base", "-2622.5", "1", "0", "2533", "1", "3"],
+            ["patched", "not finite", "30", "0", "2533", "-", "-"],
         ]
         plain = body.replace("\\", "")
         assert "Published for `google/gemma-2b`: -2,992 in layer 11 (hidden state)" in plain
         assert "measured on 5,000 samples of text, not on the text of the check." in plain
+
+
+@pytest.mark.parametrize(
+    ("by_layer", "peak", "span"),
+    [
+        ([-9.0, 5.0, -10.0, 6.0], 2, ["0", "never"]),
+        ([1.0, 2.0, -10.0, 1.0], 2, ["2", "3"]),
+        ([1.0, 2.0, "inf"], 2, ["-", "-"]),
+        ([1.0, 2.0], 5, ["-", "-"]),
+        (None, 0, ["-", "-"]),
+    ],
+)
+def test_the_card_states_between_which_layers_the_largest_activation_lasts(by_layer, peak, span):
+    top = {"layer": peak, "token": 0, "channel": 3, "value": -10.0, "window": 0}
+    sides = {"base": FORWARD["base"] | {"super_activation": top, "largest_by_layer": by_layer}}
+    text = {"text": FORWARD["text"] | {"protocol": {"bos": "no", "description": "default"}}}
+    body = split(rendered(record(check=FORWARD | sides | text)))[1]
+    assert table(body, "Largest activation")[1] == ["base", "-10", str(peak), "0", "3", *span]
+    assert "on the text of the check, whose windows begin without BOS:" in body
 
 
 def test_the_card_has_no_largest_activation_that_was_neither_measured_nor_published():
