@@ -27,6 +27,10 @@ MIXERS = frozenset(_MIXERS.split())
 """The last two parts of the names of the modules that are output projections of mixers. Numbers are left out, as in
 LongCat-Flash, which has self_attn.0 and self_attn.1 in each layer."""
 
+SHARED_BLOCKS = frozenset({"shared_transf", "shared_transformer"})
+"""Names of the blocks that several layers of Zamba share. Only a Mamba mixer reads what they compute, so the attention
+in them does not write to the residual stream."""
+
 _CONV1D = "c_proj"
 """The module that GPT-2 stores transposed. Other families with this name store the rows first, as usual."""
 
@@ -49,6 +53,8 @@ def locate_mixer_row(config: Mapping[str, Any], shapes: Shapes, layer: int, chan
     for name in sorted(shapes):
         parts = [part for part in name.removeprefix(prefix).split(".")[:-1] if not part.isdigit()]
         if not name.startswith(prefix) or not name.endswith(".weight") or ".".join(parts[-2:]) not in MIXERS:
+            continue
+        if SHARED_BLOCKS.intersection(parts):
             continue
         axis = 1 if transposed and parts[-1] == _CONV1D else 0
         regions.append(_cut(name, shapes, axis, channel, reference.rows))

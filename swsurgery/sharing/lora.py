@@ -13,6 +13,7 @@ from fractions import Fraction
 from types import MappingProxyType
 from typing import Any
 
+from swsurgery.checkpoint.channels import SHARED_BLOCKS
 from swsurgery.checkpoint.projections import name_prefixes
 from swsurgery.checkpoint.tying import is_tied_by_config
 from swsurgery.errors import NumberError, PlanError, pluralise
@@ -32,9 +33,6 @@ TRANSPOSED = {"gpt2": frozenset({"c_attn", "c_fc", "c_proj"}), "openai-gpt": fro
 
 OF_EXPERTS = frozenset({"gate_proj", "up_proj", "down_proj"})
 """Target names that PEFT 0.21 applies to the stacked experts of a mixture of experts, even if the layer is dense."""
-
-SHARED_BLOCKS = frozenset({"shared_transf", "shared_transformer"})
-"""Names of blocks that several layers of Zamba share. PEFT would apply an adapter in one of these layers only."""
 
 NO_ZEROS: Mapping[str, int] = MappingProxyType({})
 """For edits of single scalars only."""

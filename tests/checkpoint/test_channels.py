@@ -21,6 +21,17 @@ CHANNEL, WIDTH = 5, 16
 FAMILIES = (
     *("llama", "gpt2", "gpt_bigcode", "gpt_neox", "gptj", "gpt_neo", "falcon", "phi", "opt", "gemma3_text", "olmo2"),
     *("mixtral", "gpt_oss", "deepseek_v3", "lfm2", "jamba", "falcon_h1", "qwen3_next", "nemotron_h", "recurrent_gemma"),
+    *(
+        "zamba",
+        "zamba2",
+        "bamba",
+        "minimax",
+        "granitemoehybrid",
+        "olmo_hybrid",
+        "kimi_linear",
+        "bailing_hybrid",
+        "lfm3",
+    ),
 )
 """Families whose mixers have different names or forms: two in one layer, transposed, with biases, behind a norm."""
 
@@ -108,3 +119,12 @@ def test_other_names_and_shapes_are_refused(changed: dict[str, object], message:
 def test_a_channel_beyond_the_last_is_refused() -> None:
     with pytest.raises(ArchitectureError, match="16 channels"):
         locate_mixer_row(CONFIG, SHAPES, 0, 16)
+
+
+@pytest.mark.parametrize(("name", "layer"), [("zamba", 1), ("zamba2", 1)])
+def test_the_attention_of_a_shared_block_is_no_writer(name: str, layer: int, tmp_path: Path) -> None:
+    tiny_models.write(name, tmp_path)
+    checkpoint = open_checkpoint(tmp_path)
+    assert any("self_attn.o_proj" in tensor for tensor in checkpoint.shapes if f".{layer}." in tensor)
+    found = locate_mixer_row(checkpoint.config, checkpoint.shapes, layer, CHANNEL)
+    assert [region.tensor for region in found] == [f"model.layers.{layer}.mamba_decoder.mamba.out_proj.weight"]
