@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,17 @@ def test_answers_and_scores_are_those_of_lm_eval(pair: Pair, tmp_path: Path, mon
     harness = [ask_harness(model, tasks, folder) for model in (pair.base, pair.patched)]
     assert_equal_to_harness(found, recorder.results, harness)
     assert any(score.difference for metric in found.metrics for score in metric.scores[1:]), "the edit has an effect"
+
+
+def test_protocol_lm_eval_is_the_rolling_log_likelihood_without_added_tokens(pair: Pair) -> None:
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    lm = HFLM(pretrained=str(pair.base), dtype="float32", device="cpu", batch_size=1, add_bos_token=False)
+    for text in (TEXT, "a boat"):
+        [wanted] = lm.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (text,), 0)], disable_tqdm=True)
+        report = swsurgery.check(pair.base, text=text, protocol="lm-eval", prompts=["a"], device="cpu")
+        assert -math.log(report.patched.perplexity) * report.scored_tokens == pytest.approx(wanted, rel=1e-5)
 
 
 def test_the_questions_that_lm_eval_ships(plain: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
