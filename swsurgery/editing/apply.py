@@ -37,7 +37,7 @@ from swsurgery.editing.sanity import Check, CheckOptions, combine_bounds, run_ch
 from swsurgery.errors import ModelError, PlanError, SwsurgeryError, TargetError
 from swsurgery.hub import RemoteTree, Uri, download_checkpoint, fetch, open_location
 from swsurgery.manifest.merge import ManifestsLike, load_merged
-from swsurgery.model.report import CheckedBounds
+from swsurgery.model.bounds import CheckedBounds
 from swsurgery.progress import Progress, Reporter, require_reporter
 from swsurgery.storage import filesystem, staging
 from swsurgery.storage.arguments import require_choice, require_integer, require_path, require_type

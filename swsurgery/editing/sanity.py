@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from swsurgery import model
 from swsurgery.checkpoint.compare import find_undeclared_changes
@@ -24,11 +24,10 @@ from swsurgery.editing.rejected import Rejected
 from swsurgery.errors import CheckFailed, ModelError, PlanError, SwsurgeryError, Unrunnable, add_remedy
 from swsurgery.hub import Uri, download_checkpoint, open_location, parse_location
 from swsurgery.model import Placement
+from swsurgery.model.bounds import CheckedBounds
 from swsurgery.model.controls import parse_controls, refuse_uncontrolled
 from swsurgery.model.protocol import BosChoice, Protocol, ProtocolName, choose_protocol
-from swsurgery.model.report import CheckedBounds, CheckReport
 from swsurgery.model.run_arguments import refuse_bad_prompts, refuse_device, refuse_empty_text
-from swsurgery.model.tasks.load import load_tasks
 from swsurgery.model.tasks.options import TaskOptions
 from swsurgery.model.variant import PerActivation, Variant, list_roundings
 from swsurgery.progress import Progress, Reporter, require_reporter
@@ -45,6 +44,9 @@ from swsurgery.storage.files import File, has_same_bytes
 from swsurgery.storage.folder import Folder
 from swsurgery.storage.region import list_runs
 from swsurgery.storage.splice import Splice
+
+if TYPE_CHECKING:
+    from swsurgery.model.report import CheckReport
 
 Check = Literal["auto", "off", "weights", "forward"]
 
@@ -194,6 +196,7 @@ def check(
     TargetError if another run is editing the checkpoint in place.
     """
     from swsurgery.model.check import run_checks
+    from swsurgery.model.tasks.load import load_tasks
 
     reporter = require_reporter(reporter)
     bounds = make_bounds(max_perplexity_ratio, min_perplexity_ratio)

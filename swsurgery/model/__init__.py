@@ -1,9 +1,9 @@
 """Load a checkpoint as a model, run it on text with some weights changed, and compare the results.
 
 This is the only package that imports transformers. Only this package and `scanning` import torch. Importing the package
-itself, or its module `check`, `report`, `refusals`, `text`, `intervals`, `stopwords` or `tokenizer`, loads neither
-library. The package must not depend on the packages that edit, scan, verify or share, and it writes no files. Tasks of
-lm-evaluation-harness are in `tasks/`.
+itself, or its module `bounds`, `check`, `report`, `refusals`, `text`, `intervals`, `stopwords` or `tokenizer`, loads
+neither library. The package must not depend on the packages that edit, scan, verify or share, and it writes no files.
+Tasks of lm-evaluation-harness are in `tasks/`.
 """
 
 from __future__ import annotations

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.errors import ModelError
 from swsurgery.model import Placement, ScalarChange, tokens
+from swsurgery.model.bounds import CheckedBounds
 from swsurgery.model.controls import Control
 from swsurgery.model.cutting import TokenizedText, cut_text
 from swsurgery.model.protocol import DEFAULT_PROTOCOL, Protocol
-from swsurgery.model.report import CheckedBounds, CheckReport, Continuations, Generation, RoundedSide
+from swsurgery.model.report import CheckReport, Continuations, Generation, RoundedSide
 from swsurgery.model.start_up import start_up_and_tokenize
 from swsurgery.model.tasks.load import LoadedTasks
 from swsurgery.model.text import choose_text

@@ -10,6 +10,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from swsurgery.model.bounds import CheckedBounds
 from swsurgery.model.controls import ControlResult
 from swsurgery.model.protocol import DEFAULT_PROTOCOL, Protocol
 from swsurgery.model.tasks.report import TaskReport
@@ -18,17 +19,6 @@ from swsurgery.storage.result import Result
 
 ENOUGH_TOKENS = 500
 """Number of scored tokens below which a report contains a note that its figures are uncertain."""
-
-
-@dataclass(frozen=True)
-class CheckedBounds:
-    """Limits on the perplexity of patched divided by that of base.
-
-    A ratio equal to a limit passes. None sets no limit.
-    """
-
-    max_perplexity_ratio: float | None = None
-    min_perplexity_ratio: float | None = None
 
 
 @dataclass(frozen=True)

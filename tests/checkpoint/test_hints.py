@@ -18,7 +18,7 @@ from swsurgery.cli import main
 from swsurgery.errors import ArchitectureError, CheckpointError, SwsurgeryError
 from swsurgery.hub import parse_location
 from swsurgery.hub.names import suggest_uri
-from swsurgery.model.report import CheckedBounds
+from swsurgery.model.bounds import CheckedBounds
 
 COMMIT, OTHER = "0123456789abcdef0123456789abcdef01234567", "f" * 40
 EDIT = {"op": "zero", "layer": 1, "row": 2, "col": 3}

@@ -21,8 +21,9 @@ from swsurgery import model
 from swsurgery.checkpoint.opening import open_checkpoint
 from swsurgery.errors import CheckpointError, ModelError
 from swsurgery.model import check, load
+from swsurgery.model.bounds import CheckedBounds
 from swsurgery.model.protocol import Protocol
-from swsurgery.model.report import CheckedBounds, CheckReport, Side, SuperActivation
+from swsurgery.model.report import CheckReport, Side, SuperActivation
 from swsurgery.progress import Silent
 
 

@@ -13,7 +13,7 @@ from tiny_checkpoint import DOWN, TEXT, write_pair
 import swsurgery
 from swsurgery.cli import main
 from swsurgery.errors import CheckFailed, PlanError, SwsurgeryError
-from swsurgery.model.report import CheckedBounds
+from swsurgery.model.bounds import CheckedBounds
 
 
 @pytest.fixture

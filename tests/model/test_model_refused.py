@@ -10,7 +10,7 @@ import swsurgery
 from swsurgery import model
 from swsurgery.editing.sanity import CheckOptions
 from swsurgery.errors import CheckFailed, ModelError, PlanError
-from swsurgery.model.report import CheckedBounds
+from swsurgery.model.bounds import CheckedBounds
 
 EDIT = {"op": "zero", "tensor": down(1), "index": [1, 2]}
 

@@ -14,7 +14,7 @@ from swsurgery.checkpoint.record import read_record
 from swsurgery.editing import apply as apply_module
 from swsurgery.editing.revert import revert
 from swsurgery.editing.sanity import CheckOptions
-from swsurgery.model.report import CheckedBounds
+from swsurgery.model.bounds import CheckedBounds
 from swsurgery.storage.folder import Folder
 
 ZERO = {"op": "zero", "layer": 1, "row": 2, "col": 3}
