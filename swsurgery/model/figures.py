@@ -2,6 +2,7 @@
 
 The logits of a window may be larger than the model. This module therefore reads them in blocks of tokens. In a block,
 the log-probabilities of the base are computed once, and the variants are compared with them one after the other.
+The losses of variants that hardly differ from the base may be estimated instead (near.py).
 Figures are computed in float32 for each token and summed in float64. This module must not run a model or judge figures.
 """
 
