@@ -178,4 +178,5 @@ def entry() -> NoReturn:
             with contextlib.suppress(OSError, ValueError):  # nobody reads it
                 stream.flush()
         os._exit(code)
+    gc.freeze()  # otherwise Python searches all objects for garbage at the end: a second once torch is loaded
     sys.exit(code)

@@ -97,13 +97,15 @@ def test_a_signal_while_a_command_is_imported_is_one_line(monkeypatch, capsys, n
 
 
 def test_a_process_looks_for_garbage_rarely_but_a_call_of_main_changes_nothing(monkeypatch):
-    before = gc.get_threshold()
+    before, frozen = gc.get_threshold(), gc.get_freeze_count()
     assert main(["--version"]) == 0
-    assert gc.get_threshold() == before
+    assert (gc.get_threshold(), gc.get_freeze_count()) == (before, frozen)
     monkeypatch.setattr(cli, "main", lambda: 0)
     try:
         with pytest.raises(SystemExit):
             cli.entry()
         assert gc.isenabled() and gc.get_threshold() == (20_000, *before[1:])
+        assert gc.get_freeze_count() > frozen, "no object is looked at when the process ends"
     finally:
+        gc.unfreeze()
         gc.set_threshold(*before)
