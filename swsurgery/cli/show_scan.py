@@ -148,7 +148,7 @@ def _print_shared(activations: Sequence[PersistentActivation]) -> None:
     """Print the activations in the outputs of MLPs that several layers share, one row for each of these layers."""
     if not activations:
         return
-    print_text("\nactivations of shared MLPs: massive outputs in most of the layers that use the MLP")
+    print_text("\nactivations of shared MLPs: massive outputs in the layers that use the MLP")
     rows = [(a, one) for a in activations for one in a.appearances]
     print_columns(
         {

@@ -114,9 +114,9 @@ class PersistentActivation:
     massive. `causes` contains one cause for each layer that raises the activation, in the order of the layers. `side`
     is True for a side effect: the same MLP output makes a far larger activation.
 
-    If `stream` is "shared MLP", the activation is in the output of an MLP that several layers share. It is recurring,
-    and its appearances are the layers that use the MLP. `layer` is the layer that stores the MLP, and `peak` the layer
-    that uses it when the largest output occurs.
+    If `stream` is "shared MLP", the activation is in the output of an MLP that several layers share. It counts as
+    recurring, and its appearances are the layers in which the output is massive. `layer` is the layer that stores the
+    MLP, and `peak` the layer that uses it when the largest output occurs.
     """
 
     layer: int

@@ -260,7 +260,7 @@ class _Search:
         """Add the candidates found in the traces of round `number` (counted from 1), and return their coordinates."""
         recurrences = list(find_recurrences(traces, self.attention))
         rises, companions = self._split(traces, recurrences, number == 1)
-        shared = list(find_shared_recurrences(traces, self.uses))
+        shared = list(find_shared_recurrences(traces, rises, self.uses))
         self._add_activations(traces, rises, companions, recurrences, shared)
         if number == 1:
             self._find_removers(traces, rises)

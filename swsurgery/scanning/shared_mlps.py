@@ -4,7 +4,7 @@ The layers of Zamba with full attention use one transformer block, or a few in t
 layer that uses it. The output of its MLP is not added to the residual stream: a matrix of the layer multiplies it, and
 only the Mamba mixer of the layer reads the product. So an output that is massive in one channel exists within a layer,
 and cannot persist. It is judged by the layers that use the MLP: it recurs if the same channel of the same token is
-massive in most of them.
+massive in most of them. It also counts if the Mamba mixer that reads it makes a state of the same token that persists.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from swsurgery.checkpoint.projections import has_residual_rows, list_down_projec
 from swsurgery.model.forward import LayeredModel
 from swsurgery.scanning.activation_report import Appearance, PersistentActivation
 from swsurgery.scanning.causes import Decomposer, find_cause
+from swsurgery.scanning.persistence import Rise
 from swsurgery.scanning.recurring import LEAST_SHARE, LEAST_TIMES
 from swsurgery.scanning.sources import LinearSource, find_loaded_module
 from swsurgery.scanning.spikes import Move, Trace
@@ -50,7 +51,8 @@ def find_shared_mlps(model: LayeredModel) -> list[list[LinearSource]]:
 class SharedRecurrence(NamedTuple):
     """An output of the MLP stored in layer `stored` that is massive in most layers that use the MLP.
 
-    It has the same token and channel in all `moves`. There is one move for each of these layers, in their order.
+    One such layer is enough if its mixer makes a persistent state. The token and channel are the same in all `moves`.
+    There is one move for each layer in which the output is massive, in the order of the layers.
     """
 
     sequence: int
@@ -63,15 +65,23 @@ class SharedRecurrence(NamedTuple):
         return max(self.moves, key=lambda move: abs(move.after))
 
 
-def find_shared_recurrences(traces: Sequence[Trace], uses: Mapping[int, int]) -> Iterator[SharedRecurrence]:
-    """Find the outputs of shared MLPs that recur. `uses` maps each layer that uses one to the layer that stores it."""
+def find_shared_recurrences(
+    traces: Sequence[Trace], rises: Iterable[Rise], uses: Mapping[int, int]
+) -> Iterator[SharedRecurrence]:
+    """Find the outputs of shared MLPs that recur, or that a mixer reads which makes a state of `rises`.
+
+    `uses` maps each layer that uses a shared MLP to the layer that stores it.
+    """
+    spells = [spell for rise in rises for spell in rise.spells if not spell.move.made_by_mlp]
+    fed = {(spell.sequence, spell.move.layer, spell.move.token) for spell in spells}
     groups: dict[tuple[int, int, int, int], list[Move]] = defaultdict(list)
     for sequence, trace in enumerate(traces):
         for move in trace.shared.values():
             groups[sequence, uses[move.layer], move.token, move.channel].append(move)
     times = Counter(uses.values())
     for (sequence, stored, _, _), moves in groups.items():
-        if len(moves) >= max(LEAST_TIMES, LEAST_SHARE * times[stored]):
+        recurs = len(moves) >= max(LEAST_TIMES, LEAST_SHARE * times[stored])
+        if recurs or any((sequence, move.layer, move.token) in fed for move in moves):
             yield SharedRecurrence(sequence, stored, tuple(sorted(moves, key=lambda move: move.layer)))
 
 

@@ -80,27 +80,50 @@ def test_a_block_that_one_layer_uses_is_not_read(tmp_path):
     assert scan(model, tmp_path).notes == ("layers 2, 5: the down projection is not observed",)
 
 
-def test_an_output_that_is_massive_in_few_uses_does_not_recur(tmp_path):
+def plant_in_first_uses(count):
+    """Plant a massive output in the first `count` of five uses. The adapters of the other uses turn the neuron off."""
     model = build("zamba2", 1, periods=10)
     place, uses = plant_shared(model)
     assert len(uses) == 5
-    for number, use in enumerate(uses):  # the adapters of the other uses turn the neuron off
+    for use in uses[count:]:
         mlp = get_shared_mlp(model, use)
         adapter = mlp.gate_up_proj_adapter_list[mlp.layer_dic[use]]
         with torch.no_grad():
-            if number > 1:
-                adapter[0].weight[:] = mlp.gate_up_proj.weight[NEURON]
-                adapter[1].weight[NEURON] = -1.0 / len(adapter[0].weight)
+            adapter[0].weight[:] = mlp.gate_up_proj.weight[NEURON]
+            adapter[1].weight[NEURON] = -1.0 / len(adapter[0].weight)
     outputs = [output for _, output in run_shared(model, SEQUENCES[0], uses)]
-    assert [float(y[CHANNEL].abs() / y.abs().median()) > 100 for y in outputs] == [True] * 2 + [False] * 3
-    assert scan(model, tmp_path).activations == ()
+    massive = [float(y[CHANNEL].abs() / y.abs().median()) > 100 for y in outputs]
+    assert massive == [True] * count + [False] * (5 - count)
+    return model, place, uses
+
+
+def test_an_output_that_is_massive_in_few_uses_does_not_recur(tmp_path):
+    assert scan(plant_in_first_uses(2)[0], tmp_path).activations == ()
+
+
+def test_an_output_that_a_mixer_turns_into_a_persistent_state_counts(tmp_path):
+    model, place, uses = plant_in_first_uses(1)
+    out_proj = model.model.layers[uses[0]].mamba_decoder.mamba.out_proj
+    kept = []
+    handle = out_proj.register_forward_hook(lambda m, arguments, output: kept.append(arguments[0][0]))
+    run_shared(model, SEQUENCES[0], uses)
+    handle.remove()
+    first, *others = kept[0]
+    direction = first - torch.stack(others).mean(0)
+    with torch.no_grad():
+        out_proj.weight[20] = 10_000 * direction / (direction @ first)
+    report = scan(model, tmp_path)
+    assert [(c.layer, c.row, c.col) for c in report.candidates] == [place[:3]]
+    found = {one.stream: one for one in report.activations if not one.side}
+    assert (found["residual"].channel, found["residual"].layer, found["residual"].cause.kind) == (20, 2, "attention")
+    assert [one.first for one in found["shared MLP"].appearances] == uses[:1]
 
 
 def test_every_output_shows_it(scanned, capsys):
     report = scanned["zamba2"][3]
     show_scan(report)
     text = capsys.readouterr().out
-    assert "activations of shared MLPs: massive outputs in most of the layers that use the MLP" in text
+    assert "activations of shared MLPs: massive outputs in the layers that use the MLP" in text
     document = json.loads(json.dumps(report.to_json()))
     [activation] = document["super_activations"]
     assert (activation["stream"], activation["made_by"]) == ("shared MLP", "layer 2 [5, 7] 1.00")
