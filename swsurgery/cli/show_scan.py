@@ -307,9 +307,11 @@ def _describe_scalars(report: Scan) -> str:
         return f"{pluralise(count, 'candidate')}, not confirmed" if count else "no super weight was found"
     verdicts = Counter(trial.verdict for trial in test.trials)
     tally = ", ".join(f"{verdicts[v]} {v}" for v in VERDICTS if verdicts[v])
-    if not count:
-        return f"no super weight was confirmed{f' ({tally})' if tally else ''}"
-    return f"{pluralise(count, 'super weight')} confirmed ({tally})"
+    needed = verdicts["needed alone"] + verdicts["needed jointly"]
+    if count and not needed:
+        return f"{pluralise(count, 'candidate')} without a verdict ({tally})"
+    words = pluralise(needed, "super weight") if needed else "no super weight was"
+    return f"{words} confirmed{f' ({tally})' if tally else ''}"
 
 
 def _describe_parts(report: Scan) -> list[str]:

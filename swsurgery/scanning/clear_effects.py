@@ -14,6 +14,8 @@ from typing import Generic, NamedTuple, TypeVar
 
 from swsurgery.model.intervals import CONFIDENCE
 from swsurgery.progress import Progress
+from swsurgery.scanning.causal_report import Verdict
+from swsurgery.scanning.causal_test import Say
 from swsurgery.scanning.losses import Losses, Unit
 
 Key = TypeVar("Key", bound=Hashable)
@@ -38,6 +40,34 @@ def find_clear(
         found |= clear
         left = {key: test for key, test in left.items() if key not in clear}
     return frozenset(found)
+
+
+def find_unclear(
+    losses: Losses[Unit], tests: Mapping[Unit, Contrast[Unit]], bar: Callable[[Unit], float], clear: Collection[Unit]
+) -> frozenset[Unit]:
+    """Find the units on which the measurement allows no verdict: all of them if there are too few windows.
+
+    Otherwise, these are the units whose effect would be clear if it were the only one of the scan, and is not in
+    `clear`. A longer text would decide.
+    """
+    if not losses.enough:
+        return frozenset(tests)
+    return frozenset(unit for unit, test in tests.items() if unit not in clear and losses.gain(*test).low > bar(unit))
+
+
+def report_unclear(names: Collection[str], say: Say) -> None:
+    """Report the units without a verdict, and what to do."""
+    for name in names:
+        say(f"no verdict: {name} (its effect would be clear if it were the only one tested: give a longer text)")
+
+
+def decide(unit: Unit, alone: Collection[Unit], jointly: Collection[Unit], unjudged: Collection[Unit]) -> Verdict:
+    """Decide the verdict on a unit. `unjudged` contains the units on which the measurement allows no verdict."""
+    if unit in alone:
+        return "needed alone"
+    if unit in jointly:
+        return "needed jointly"
+    return "untested" if unit in unjudged else "inert"
 
 
 def find_joint_sets(

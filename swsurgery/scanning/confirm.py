@@ -29,7 +29,7 @@ from dataclasses import dataclass
 
 from swsurgery.model.forward import LayeredModel
 from swsurgery.scanning.bars import LEAST_ROWS, EffectBars, set_bars
-from swsurgery.scanning.causal_report import Families, Verdict
+from swsurgery.scanning.causal_report import Families
 from swsurgery.scanning.causal_test import (
     DEFAULT_OPTIONS,
     INERT,
@@ -40,7 +40,7 @@ from swsurgery.scanning.causal_test import (
     refuse_untestable,
     report_too_few_windows,
 )
-from swsurgery.scanning.clear_effects import Contrast, find_clear, find_jointly
+from swsurgery.scanning.clear_effects import Contrast, decide, find_clear, find_jointly, find_unclear, report_unclear
 from swsurgery.scanning.doses import choose_doses, report_doses
 from swsurgery.scanning.losses import Losses, compute_exp
 from swsurgery.scanning.report import Candidate, ColumnNull, Confirmation, JointSet, Trial
@@ -116,13 +116,16 @@ def confirm_scalars(
     judged = [name for name in suspects.names if name not in bars.unjudged]
     single = [*judged, *(candidate.coordinate for candidate in suspects.removers)]
     others = options.others
-    alone = find_clear(losses, {name: (frozenset({name}), ()) for name in single}, bars.alone, others.alone)
+    effects = {name: (frozenset({name}), ()) for name in single}
+    alone = find_clear(losses, effects, bars.alone, others.alone)
     pairs = [pair for pair in suspects.pairs if not pair & bars.unjudged]
     added = _list_added(suspects.together, judged)
     jointly = find_jointly(losses, added, pairs, bars.joint, others.jointly, options.progress)
     joint = jointly.joint_sets
     _report_companions(losses, suspects, bars, say)
-    judge = _Judge(losses, bars, alone, jointly.units)
+    unclear = find_unclear(losses, effects, bars.alone, alone | jointly.units)
+    report_unclear([str(name) for name in single if name in unclear], say)
+    judge = _Judge(losses, alone, jointly.units, unclear | bars.unjudged)
     together = suspects.together
     return Confirmation(
         trials=tuple(judge.try_out(candidate, together) for candidate in every),
@@ -145,13 +148,13 @@ class _Judge:
     """Decides the verdict of each scalar from the measured losses and the bars.
 
     `alone` contains the scalars whose effect alone is clear. `jointly` contains the scalars that matter together with
-    others. `enough` is True if the text has enough windows for verdicts.
+    others. `unjudged` contains the scalars on which the measurement allows no verdict.
     """
 
     losses: Losses[Coordinate]
-    bars: EffectBars
     alone: Zeroed
     jointly: Zeroed
+    unjudged: Zeroed
 
     def try_out(self, candidate: Candidate, together: Zeroed) -> Trial:
         """Make the report of the test of one scalar. `together` contains all candidates that a detector lists."""
@@ -161,16 +164,9 @@ class _Judge:
             candidate,
             alone=self.losses.effect(frozenset({name})),
             without=self.losses.effect(others) if others else None,
-            verdict=self._decide(name),
+            verdict=decide(name, self.alone, self.jointly, self.unjudged),
             listed=removes or name in together,
         )
-
-    def _decide(self, name: Coordinate) -> Verdict:
-        if not self.losses.enough or name in self.bars.unjudged:
-            return "untested"
-        if name in self.alone:
-            return "needed alone"
-        return "needed jointly" if name in self.jointly else "inert"
 
 
 def _list_added(together: Zeroed, judged: Sequence[Coordinate]) -> dict[Coordinate, Contrast[Coordinate]]:

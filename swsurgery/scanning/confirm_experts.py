@@ -18,7 +18,7 @@ from typing import NamedTuple
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.checkpoint.projections import list_down_projections
 from swsurgery.model.forward import LayeredModel
-from swsurgery.scanning.causal_report import Families, Verdict
+from swsurgery.scanning.causal_report import Families
 from swsurgery.scanning.causal_test import (
     CONTEXT_NULLS,
     DEFAULT_OPTIONS,
@@ -31,7 +31,7 @@ from swsurgery.scanning.causal_test import (
     refuse_untestable,
     report_too_few_windows,
 )
-from swsurgery.scanning.clear_effects import find_clear, find_jointly
+from swsurgery.scanning.clear_effects import decide, find_clear, find_jointly, find_unclear, report_unclear
 from swsurgery.scanning.expert_report import (
     ExpertCandidate,
     ExpertConfirmation,
@@ -89,20 +89,14 @@ def confirm_experts(
     alone = find_clear(losses, single, lambda name: floor, others.alone)
     added = {name: (together, (together - {name}, frozenset({name}))) for name in names} if len(names) > 1 else {}
     jointly = find_jointly(losses, added, plan.pairs, lambda group: joint_floor, others.jointly, options.progress)
-
-    def decide(name: ExpertName) -> Verdict:
-        if not losses.enough:
-            return "untested"
-        if name in alone:
-            return "needed alone"
-        return "needed jointly" if name in jointly.units else "inert"
-
+    unclear = find_unclear(losses, single, lambda name: floor, alone | jointly.units)
+    report_unclear([_NULL_TEXTS.describe(name) for name in names if name in unclear], say)
     trials = [
         ExpertTrial(
             candidate,
             alone=losses.effect(frozenset({candidate.name})),
             without=losses.effect(together - {candidate.name}) if len(names) > 1 else None,
-            verdict=decide(candidate.name),
+            verdict=decide(candidate.name, alone, jointly.units, unclear),
         )
         for candidate in candidates
     ]

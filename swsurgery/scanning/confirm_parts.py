@@ -20,7 +20,7 @@ from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.checkpoint.projections import find_down_projection, list_down_projections
 from swsurgery.errors import Unrunnable
 from swsurgery.model.forward import LayeredModel
-from swsurgery.scanning.causal_report import Families, Verdict
+from swsurgery.scanning.causal_report import Families
 from swsurgery.scanning.causal_test import (
     DEFAULT_OPTIONS,
     CausalOptions,
@@ -32,7 +32,7 @@ from swsurgery.scanning.causal_test import (
     refuse_untestable,
     report_too_few_windows,
 )
-from swsurgery.scanning.clear_effects import find_clear
+from swsurgery.scanning.clear_effects import decide, find_clear, find_unclear, report_unclear
 from swsurgery.scanning.losses import Losses
 from swsurgery.scanning.part_report import ModelPart, PartConfirmation, PartKind, PartName, PartTrial
 from swsurgery.scanning.parts import locate_part
@@ -91,19 +91,15 @@ def confirm_parts(
     alone = find_clear(losses, single, bars.__getitem__, others.alone)
     added = {name: (together, (together - {name}, frozenset({name}))) for name in names} if len(names) > 1 else {}
     jointly = find_clear(losses, added, bars.__getitem__, others.jointly)
-
-    def decide(name: PartName) -> Verdict:
-        if not losses.enough:
-            return "untested"
-        return "needed alone" if name in alone else "needed jointly" if name in jointly else "inert"
-
+    unclear = find_unclear(losses, single, bars.__getitem__, alone | jointly)
+    report_unclear([str(name) for name in names if name in unclear], say)
     return PartConfirmation(
         trials=tuple(
             PartTrial(
                 part,
                 alone=losses.effect(frozenset({part.name})),
                 without=losses.effect(together - {part.name}) if len(names) > 1 else None,
-                verdict=decide(part.name),
+                verdict=decide(part.name, alone, jointly, unclear),
             )
             for part in parts
         ),

@@ -11,7 +11,14 @@ from pathlib import Path
 import pytest
 
 from swsurgery.model.intervals import compute_mean_interval
-from swsurgery.scanning.clear_effects import find_clear, find_joint_sets, find_jointly
+from swsurgery.scanning.clear_effects import (
+    decide,
+    find_clear,
+    find_joint_sets,
+    find_jointly,
+    find_unclear,
+    report_unclear,
+)
 from swsurgery.scanning.losses import Gain
 
 LOSSES = Path(__file__).parent.parent / "assets" / "window_losses.json"
@@ -93,6 +100,8 @@ def test_false_verdicts_are_as_rare_in_a_scan_as_in_a_single_test(windows: int, 
 class SaidLosses:
     """Losses whose gains, and the ends of their intervals at any confidence, are said in advance."""
 
+    enough = True
+
     def __init__(self, gains: dict[Group, float], reach: float):
         self.gains, self.reach = gains, reach
         self.confidences: list[float] = []
@@ -127,3 +136,18 @@ def test_each_clear_effect_leaves_less_to_correct_for() -> None:
     assert find_clear(losses, tests, lambda unit: 0.0) == {0, 1}
     assert sorted({round((1 - one) * 60) for one in losses.confidences}) == [1, 2, 3]  # 5% / 3, / 2 and / 1 of it
     assert find_clear(losses, tests, lambda unit: 0.0, further=1) == {0}
+
+
+def test_an_effect_that_only_a_single_test_would_call_clear_gets_no_verdict() -> None:
+    losses = SaidLosses({frozenset({0}): 9.0, frozenset({1}): 0.7, frozenset({2}): 0.1}, 0.05 / 2)
+    tests = {unit: (frozenset({unit}), ()) for unit in range(3)}
+    alone = find_clear(losses, tests, lambda unit: 0.0)
+    unclear = find_unclear(losses, tests, lambda unit: 0.0, alone)
+    assert (alone, unclear) == ({0}, {1})
+    assert [decide(unit, alone, (), unclear) for unit in tests] == ["needed alone", "untested", "inert"]
+    assert decide(1, alone, {1}, unclear) == "needed jointly"
+    losses.enough = False
+    assert find_unclear(losses, tests, lambda unit: 0.0, ()) == {0, 1, 2}
+    said: list[str] = []
+    report_unclear(["layer 0 row 2"], said.append)
+    assert said[0].startswith("no verdict: layer 0 row 2 (its effect would be clear")

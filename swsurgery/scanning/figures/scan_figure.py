@@ -151,8 +151,9 @@ def _format_answer(report: Scan) -> str:
 def _format_scalars(report: Scan) -> str:
     count, test = len(report.super_weights), report.confirmation
     words = "no super weight" if count == 0 else pluralise(count, "super weight")
-    if test is not None and (test.has_verdicts or not count):
-        return f"{words} confirmed"
+    needed = sum(trial.verdict.startswith("needed") for trial in test.trials) if test else 0
+    if test is not None and (needed or not count):
+        return f"{pluralise(needed, 'super weight') if needed else words} confirmed"
     how = "by activations" if report.method == "activations" else "by weights alone"
     return f"{words} found {how}" + (", not confirmed" if count else "")
 

@@ -120,7 +120,8 @@ def _describe_found(document: Document, experts: bool) -> Markup:
     found = read_maps(document, "super_experts" if experts else "super_weights")
     noun = "super expert" if experts else "super weight"
     answer = read_text(document, "answer")
-    confirmed = any(read_text(one, "verdict").startswith("needed") for one in found)
+    confirmed = [one for one in found if read_text(one, "verdict").startswith("needed")]
+    rest = len(found) - len(confirmed) if confirmed else 0
     if answer == "undecided":
         unread = len(read_maps(document, "unread"))
         return escape(f"Undecided: no {noun} was found, but {pluralise(unread, 'layer')} could not be read completely.")
@@ -128,7 +129,8 @@ def _describe_found(document: Document, experts: bool) -> Markup:
         return escape(f"No {noun} was found.")
     names = join([make_code(format_short_name(one)) for one in found[:8]], ", ")
     more = f" and {len(found) - 8} more" if len(found) > 8 else ""
-    amount = f"{pluralise(len(found), noun)} confirmed" if confirmed else _count_candidates(len(found), noun)
+    amount = f"{pluralise(len(confirmed), noun)} confirmed" if confirmed else _count_candidates(len(found), noun)
+    amount += f", {rest} without a verdict" if rest else ""
     return join([f"{amount}: ", names, more, "."])
 
 
