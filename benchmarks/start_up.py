@@ -10,6 +10,7 @@ script loads the model, measures, changes the scalar, measures again, and saves 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import resource
 import shutil
@@ -67,15 +68,24 @@ def write_big(folder: Path, layer: int) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 2048}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    manifest = write_manifest(folder, folder.parent, layer)
+    manifest = write_manifest(folder, folder.parent, layer, hash_shard_of(folder, layer))
     subprocess.run([*SWSURGERY, "apply", str(manifest), "--in-place", "--check", "off"], check=True)
 
 
-def write_manifest(folder: Path, work: Path, layer: int) -> Path:
+def hash_shard_of(folder: Path, layer: int) -> dict[str, str]:
+    """Return the digest of the shard with the edited tensor, by the shard's name, which an edit in place needs."""
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    shard = index["weight_map"][f"model.layers.{layer}.mlp.down_proj.weight"]
+    with (folder / shard).open("rb") as file:
+        return {shard: hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def write_manifest(folder: Path, work: Path, layer: int, sha256: dict[str, str] | None = None) -> Path:
     """Write a manifest that changes one scalar of the down projection in `layer` of the model in `folder`."""
     manifest = work / "edit.yaml"
     edit = {"op": "set", "layer": layer, "row": 17, "col": 90, "value": 0.5}
-    manifest.write_text(json.dumps({"version": 1, "base": {"path": str(folder)}, "edits": [edit]}))
+    base = {"path": str(folder)} | ({"sha256": sha256} if sha256 else {})
+    manifest.write_text(json.dumps({"version": 1, "base": base, "edits": [edit]}))
     return manifest
 
 
