@@ -47,7 +47,7 @@ bench: $(VENV)/.test
 	$(BIN)/python benchmarks/run.py $(BENCH)
 
 recall: $(VENV)/.test $(MODEL)/config.json
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/recall.py --write $(RECALL) $(MODEL)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/recall.py $(MODEL) --write $(RECALL)
 
 # The tools of the site have an environment of their own, which needs no torch.
 docs: $(VENV)-docs/.docs

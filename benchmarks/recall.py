@@ -225,7 +225,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the counts into this file")
     parser.add_argument("--read", nargs="+", type=Path, metavar="FILE", help="measure nothing, read these files")
     parser.add_argument("--write", action="store_true", help="write the tables into docs/detection.md")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)  # folders may come before and after the options
     if options.read:
         runs = [Run.read(path) for path in options.read]
     elif options.quick:

@@ -62,6 +62,15 @@ def test_runs_of_several_machines_make_one_page(capsys, tmp_path, page):
     assert page.read_text() == text
 
 
+def test_folders_may_come_before_and_after_the_options(monkeypatch):
+    given = []
+    monkeypatch.setattr(recall, "run", lambda *each: given.append(each) or Run("", 1, 0.0, {}))
+    recall.main(["a", "--seeds", "2", "b", "--jobs", "1"])
+    recall.main(["a", "--families", "zamba"])
+    assert [each[4] for each in given] == [[Path("a"), Path("b")], [Path("a")]]
+    assert (given[0][2], given[1][0]) == (2, ["zamba"])
+
+
 def test_a_family_that_transformers_does_not_have_is_named(capsys, monkeypatch):
     monkeypatch.setattr(recall, "RECURRING", ("lfm2", "lfm99"))
     monkeypatch.setattr(recall, "DEPTHS", (6,))
