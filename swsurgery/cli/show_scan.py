@@ -57,6 +57,8 @@ def show_scan(report: Scan) -> None:
         _print_confirmation(report.confirmation)
     if report.part_confirmation is not None:
         _print_parts(report.part_confirmation)
+    if test := report.confirmation or report.part_confirmation:
+        print_measured(test)  # both tests run on the same text
     print_notes(report.notes)
 
 
@@ -73,7 +75,6 @@ def _print_parts(test: PartConfirmation) -> None:
         if ratios:
             what = describe_random_parts(kind, layer, len(ratios))
             print_text(f"null      {what}, each alone: ratio {_format_range(ratios)}")
-    print_measured(test)
 
 
 def _print_passport(passport: Passport) -> None:
@@ -284,7 +285,6 @@ def _print_confirmation(confirmation: Confirmation) -> None:
             f"null      {pluralise(len(confirmation.null), 'random scalar')} of similar magnitude, each alone: ratio "
             f"{format_ratio(min(confirmation.null))} to {format_ratio(max(confirmation.null))}"
         )
-    print_measured(confirmation)
 
 
 def _describe_kind(trial: Trial) -> str | None:
@@ -315,11 +315,13 @@ def _describe_scalars(report: Scan) -> str:
 
 
 def _describe_parts(report: Scan) -> list[str]:
-    """Name the rows, neurons, experts and channels that the model needs, or that were not tested."""
+    """Name the rows, neurons, experts and channels that the model needs, or that have no verdict."""
     trials = report.part_trials
     needed = [part for part in report.found_parts if part.name in trials and trials[part.name].verdict != "untested"]
     untested = [part for part in report.found_parts if part not in needed]
     lines = []
+    if report.parts and not report.found_parts:
+        lines.append(f"{pluralise(len(report.parts), 'part')} inert")
     if needed:
         names = [f"{part.name} ({trials[part.name].verdict})" for part in needed]
         lines.append(f"{pluralise(len(needed), 'needed part')}: {list_some(names, 3)}")
@@ -358,4 +360,5 @@ def _format_column_null(column: ColumnNull) -> str:
 
 
 def _format_range(ratios: Sequence[float]) -> str:
-    return f"{format_ratio(min(ratios))} to {format_ratio(max(ratios))}"
+    low, high = format_ratio(min(ratios)), format_ratio(max(ratios))
+    return low if low == high else f"{low} to {high}"

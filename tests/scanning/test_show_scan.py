@@ -348,4 +348,4 @@ def test_the_answer_names_parts_beside_scalars(capsys):
     assert f"answer    {found}\n" in capsys.readouterr().out
     inert_parts = dataclasses.replace(test, trials=(test.trials[1],))
     show_scan(dataclasses.replace(SCAN, candidates=(), parts=(parts[1],), part_confirmation=inert_parts))
-    assert "answer    none: no super weight was found\n" in capsys.readouterr().out
+    assert "answer    none: no super weight was found; 1 part inert\n" in capsys.readouterr().out
