@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import planted
 import pytest
 from checkpoints import SECOND, THIRD, down, write_llama
 from page_documents import CONFIRMATION, PARTS, SCAN, STRONG, WEAK, Candidate, Trial
 from page_documents import candidate as make_candidate
 from safetensors import safe_open
+from safetensors.numpy import load_file
 
 from swsurgery.checkpoint.opening import open_checkpoint
 from swsurgery.editing.apply import apply
@@ -18,6 +20,7 @@ from swsurgery.progress import require_reporter
 from swsurgery.scanning.activation_report import LargestActivation, Passport
 from swsurgery.scanning.outputs import scan_manifest
 from swsurgery.scanning.part_report import ModelPart, PartName, PartTrial
+from swsurgery.scanning.parts import locate_part
 from swsurgery.scanning.report import Scan
 from swsurgery.scanning.scan_files import ScanFiles, write_files
 from swsurgery.storage.region import Region
@@ -128,6 +131,23 @@ def test_the_written_manifest_zeroes_exactly_the_parts(needed, tmp_path):
         before, after = (_load(tmp_path / folder / file, tensor) for folder in ("tiny", "patched"))
         before[place] = 0
         assert (before == after).all() and (after[place] == 0).all()
+
+
+def test_the_written_manifest_zeroes_channels_of_attention_and_embedding(tmp_path):
+    model = planted.build("gpt2")
+    checkpoint = planted.opened(model, tmp_path / "tiny").checkpoint
+    trials = []
+    for name in (PartName("attention", 1, None, 3), PartName("embedding", None, None, 5)):
+        found = ModelPart(name, (3,), 90.0, locate_part(checkpoint, name))
+        trials.append(PartTrial(found, WEAK, None, "needed alone"))
+    path = tmp_path / "zero.yaml"
+    write_files(scan_of(*trials), checkpoint, ScanFiles(manifest=path), require_reporter(None))
+    apply(path, output=tmp_path / "patched", check="weights")
+    before, after = (load_file(tmp_path / folder / "model.safetensors") for folder in ("tiny", "patched"))
+    before["transformer.h.1.attn.c_proj.weight"][:, 3] = 0  # stored transposed
+    before["transformer.h.1.attn.c_proj.bias"][3] = 0
+    before["transformer.wte.weight"][:, 5] = before["transformer.wpe.weight"][:, 5] = 0
+    assert all((before[tensor] == after[tensor]).all() for tensor in before)
 
 
 def _load(path, tensor):
