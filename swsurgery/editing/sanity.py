@@ -92,7 +92,7 @@ class CheckOptions:
         require_strings("prompts", self.prompts)
         require_type("bounds", self.bounds, CheckedBounds, optional=True)
         for name in ("windows", "window", "stride", "generate"):
-            if getattr(self, name) is not None:
+            if name == "generate" or getattr(self, name) is not None:
                 object.__setattr__(self, name, require_integer(name, getattr(self, name)))
         if self.generate < 0:
             raise SwsurgeryError("the number of tokens to generate must not be negative", self.generate)

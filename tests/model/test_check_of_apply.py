@@ -52,6 +52,8 @@ def test_generate_needs_a_check_that_runs_the_model(manifest, kind):
 def test_a_negative_number_of_tokens_is_refused():
     with pytest.raises(SwsurgeryError, match="must not be negative: -1"):
         swsurgery.CheckOptions(generate=-1)
+    with pytest.raises(TypeError, match="^generate must be an integer, not None$"):
+        swsurgery.CheckOptions(generate=None)  # type: ignore[arg-type]  # the test of this
 
 
 @pytest.mark.parametrize("place", [["-o", "out"], ["--in-place"]])
