@@ -188,11 +188,12 @@ def format_row(case: Case, rows: list[tuple[float, float]], tasks: dict[str, Any
 def write_page(asked: argparse.Namespace, rows: list[str]) -> None:
     """Write the table into docs/tasks.md."""
     kind = "seconds" if "cuda" in asked.device else "seconds of processor time"
+    threads = " Both sides compute in one thread." if os.environ.get("OMP_NUM_THREADS") == "1" else ""
     made = (
         f"Made by `{'make tasks' if asked.device == 'cpu' else 'benchmarks/tasks.py --device cuda'}` on "
         f"SmolLM2-135M-Instruct, in {kind}: medians of {asked.rounds} rounds, and the range of the ratios. The scores "
         f"of both sides are equal. The target is a ratio of at most {TARGET}. The tasks are small, so starting the "
-        f"programs is a large part of these figures. {describe_machine()}"
+        f"programs is a large part of these figures. {describe_machine()}{threads}"
     )
     head = "| task | requests | inputs | four runs of lm-eval | `compare` with three manifests | ratio |"
     lines = [*textwrap.wrap(made, 120, break_on_hyphens=False), "", head, "|" + " --- |" * 6, *rows]
