@@ -14,7 +14,7 @@ def show_controls(document: Mapping[str, Any]) -> None:
     """Print a line for each control in the report of a check: its perplexity ratio and what that means."""
     for control in document.get("controls", ()):
         ratio = _format_interval(control, "ratio")
-        print_text(f"control   {_describe(control)}: perplexity ratio {ratio}; {escape_control(control['meaning'])}")
+        print_text(escape_control(f"control   {_describe(control)}: perplexity ratio {ratio}; {control['meaning']}"))
         if control["control"] == "outliers":
             print_text(f"          the edit divided by this control: {_format_interval(control, 'edit_over_control')}")
         if control["finite"] is False:
@@ -24,8 +24,9 @@ def show_controls(document: Mapping[str, Any]) -> None:
 def _describe(control: Mapping[str, Any]) -> str:
     """Describe a control, such as "28 other outliers (magnitude 3.219 or more) zeroed"."""
     if control["control"] == "mean":
-        held = pluralise(control["scalars"], "edited scalar")
-        return f"products of {held} held at their means"
+        if control["scalars"] == 1:
+            return "the product of the edited scalar held at its mean"
+        return f"the products of {control['scalars']} edited scalars held at their means"
     least = control.get("smallest_magnitude")
     size = f" (magnitude {format_number(least)} or more)" if least is not None else ""
     return f"{pluralise(control['scalars'], 'other outlier')}{size} zeroed"

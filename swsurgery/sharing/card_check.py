@@ -42,8 +42,29 @@ def _describe(check: Mapping[str, Any]) -> str:
         f"KL divergence {_format_value(check.get('kl'))}, over {_format_value(tokens)} tokens{where}; "
         f"device {render_code(check.get('device'))}, dtype "
         f"{render_code(check.get('dtype'))}. Verdict: {'passed' if check.get('ok') is True else '**failed**'}.",
+        *_describe_controls(check.get("controls")),
     ]
     return "\n\n".join(lines)
+
+
+def _describe_controls(controls: object) -> list[str]:
+    """Describe the controls of the edit, in one table; an empty list if none was measured."""
+    found = [each for each in controls if isinstance(each, dict)] if isinstance(controls, list) else []
+    if not found:
+        return []
+    rows = [
+        [
+            escape(_CONTROLS.get(str(each.get("control")), "unknown")),
+            *(_format_value(each.get(key)) for key in ("scalars", "perplexity", "ratio")),
+            escape(str(each.get("meaning"))),
+        ]
+        for each in found
+    ]
+    header = ("control: another change of the base", "scalars", "perplexity", "ratio", "meaning")
+    return [render_table(header, rows)]
+
+
+_CONTROLS = {"mean": "products of the edited scalars held at their means", "outliers": "other outliers zeroed"}
 
 
 def _describe_text(text: Mapping[str, Any]) -> tuple[Any, str]:

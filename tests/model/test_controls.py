@@ -25,6 +25,7 @@ from swsurgery.errors import ModelError, PlanError  # noqa: E402
 from swsurgery.model import controls  # noqa: E402
 from swsurgery.model.controls import Control, ControlResult, compute_paper_count, parse_controls  # noqa: E402
 from swsurgery.model.intervals import Interval, compute_mean_interval  # noqa: E402
+from swsurgery.sharing.card_check import render_check  # noqa: E402
 
 WINDOW, COUNT = 12, 5
 DOWN = [f"model.layers.{layer}.mlp.down_proj.weight" for layer in range(3)]
@@ -206,11 +207,14 @@ def test_apply_records_the_controls(tmp_path, capsys, expected) -> None:
     assert made == swsurgery.check(output, text=TEXT, window=WINDOW, device="cpu", controls=BOTH).to_json()["controls"]
     assert made[0]["ratio"] == pytest.approx(compute_ratio(expected["mean"], expected["base"])[0], rel=1e-3)
     assert made[1]["meaning"] in (tmp_path / "p.html").read_text()
+    [card] = render_check({"kind": "forward", "controls": made}, has_figure=False)
+    assert f"| other outliers zeroed | {COUNT} | {made[1]['perplexity']} | {made[1]['ratio']} | " in card
+    assert "control" not in render_check({"kind": "forward", "controls": "mean"}, has_figure=False)[0]
     assert main(["verify", output, "--quiet"]) == 0
     capsys.readouterr()
     assert main(["lookup", output]) == 0
     text = capsys.readouterr().out
-    assert "control   products of 2 edited scalars held at their means: perplexity ratio" in text
+    assert "control   the products of 2 edited scalars held at their means: perplexity ratio" in text
     assert "control   5 other outliers (magnitude " in text and "the edit divided by this control: " in text
     here = shutil.copytree("base", tmp_path / "here")
     pinned = json.loads(Path("m.json").read_text())
@@ -239,6 +243,20 @@ def test_compare_has_a_row_for_each_control(tmp_path, capsys, expected) -> None:
     assert main(["compare", "m.json", *OPTIONS, *words]) == 0
     text = capsys.readouterr().out
     assert all(f"control   m.json, {row['control']}: {row['meaning']}" in text for row in rows)
+
+
+def test_a_hostile_report_breaks_no_line(room, tmp_path, capsys) -> None:
+    """The report in a record is not validated when it is read."""
+    shutil.copytree(room / "out", tmp_path / "out")
+    found = swsurgery.check("out", controls=BOTH, text=TEXT, window=WINDOW, device="cpu").to_record()
+    record = json.loads((tmp_path / "out" / "swsurgery.json").read_text())
+    for hostile in ({"meaning": "a\nb\x1b[31m"}, {"ratio": "x"}, {"scalars": "1\n"}, {"control": ["mean"]}, "mean"):
+        controls = [one | hostile if isinstance(hostile, dict) else hostile for one in found["controls"]]
+        record["check"] = found | {"kind": "forward", "reason": None, "controls": controls}
+        (tmp_path / "out" / "swsurgery.json").write_text(json.dumps(record))
+        assert main(["lookup", str(tmp_path / "out")]) == 0
+        text = capsys.readouterr().out
+        assert "\x1b" not in text and "\nb" not in text
 
 
 # Meanings ------------------------------------------------------------------------------------------------------------

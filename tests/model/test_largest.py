@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,13 @@ from checkpoints import tensor, write_llama, write_single
 from hypothesis import given
 from hypothesis import strategies as st
 
+import swsurgery
 from swsurgery.checkpoint.opening import open_checkpoint
+from swsurgery.editing.control_checks import list_excluded, list_plan_excluded
+from swsurgery.editing.record import draft_record
 from swsurgery.errors import ArchitectureError, ModelError
 from swsurgery.model import largest
+from swsurgery.model.controls import compute_paper_count
 from swsurgery.model.largest import _Best, find_largest_scalars, list_down_tensors
 from swsurgery.storage.coordinate import Coordinate
 from swsurgery.storage.dtypes import decode
@@ -65,3 +70,23 @@ def test_a_model_without_known_down_projections_is_one_line(tmp_path: Path) -> N
     folder = write_single(tmp_path / "base", {"some.weight": tensor("F32", 4, 4)})
     with pytest.raises(ArchitectureError):
         find_largest_scalars(open_checkpoint(folder), 1, ())
+
+
+@pytest.mark.model
+@pytest.mark.skipif(not os.environ.get("SWSURGERY_TEST_MODEL"), reason="SWSURGERY_TEST_MODEL names no model")
+def test_known_super_weights_are_no_outliers() -> None:
+    """A plan and its record leave out the same scalars. Without them, 28 outliers are the paper's rate."""
+    base = {"path": os.environ["SWSURGERY_TEST_MODEL"], "model": "SmolLM2-135M-Instruct"}
+    edits = [
+        {"op": "zero", "layer": 11, "row": 507, "col": 1229},
+        {"op": "protect", "layer": 9, "row": 507, "col": 200},
+    ]
+    plan = swsurgery.plan({"version": 1, "base": base, "edits": edits})
+    excluded = list_plan_excluded(plan)
+    super_weights = [(11, (507, 1229)), (11, (507, 1487)), (2, (507, 90)), (2, (507, 430)), (9, (507, 200))]
+    named = {Coordinate(f"model.layers.{layer}.mlp.down_proj.weight", index) for layer, index in super_weights}
+    assert named <= excluded == list_excluded(plan.checkpoint, draft_record(plan))
+    assert compute_paper_count(sum(list_down_tensors(plan.checkpoint).values())) == 28
+    found = find_largest_scalars(plan.checkpoint, 28, excluded)
+    assert named.isdisjoint(one.coordinate for one in found)
+    assert (found[0].coordinate.index, found[0].magnitude) == ((507, 678), 5.78125)
