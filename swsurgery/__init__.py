@@ -38,10 +38,11 @@ if TYPE_CHECKING:
     from swsurgery.checkpoint.inspect import inspect
     from swsurgery.checkpoint.opening import open_checkpoint
     from swsurgery.editing.apply import apply, plan
+    from swsurgery.editing.check_options import CheckOptions
     from swsurgery.editing.in_memory import load_patched, patched_state_dict
     from swsurgery.editing.pin import pin
     from swsurgery.editing.revert import revert
-    from swsurgery.editing.sanity import CheckOptions, check
+    from swsurgery.editing.sanity import check
     from swsurgery.errors import SwsurgeryError
     from swsurgery.known.lookup import lookup
     from swsurgery.manifest.load import load_manifest
@@ -58,7 +59,7 @@ if TYPE_CHECKING:
     from swsurgery.verifying.verify import verify
 
 _MODULES = {
-    "CheckOptions": "editing.sanity",
+    "CheckOptions": "editing.check_options",
     "Reporter": "progress",
     "Silent": "progress",
     "SwsurgeryError": "errors",

@@ -110,7 +110,7 @@ def apply(
 ) -> None:
     """Apply manifests: write a patched checkpoint with its record, or nothing if any step fails."""
     from swsurgery.cli import show
-    from swsurgery.editing import apply, sanity
+    from swsurgery.editing import apply, check_options
     from swsurgery.editing.rejected import Rejected
     from swsurgery.storage.numbers import parse_size
 
@@ -121,13 +121,13 @@ def apply(
         out.print_result(planned, lambda plan: show.show_plan(plan, limit))
         write_page(out, page, "apply", subject, planned.to_json())
         return
-    bounds = sanity.make_bounds(max_perplexity_ratio, min_perplexity_ratio)
+    bounds = check_options.make_bounds(max_perplexity_ratio, min_perplexity_ratio)
     if check in ("off", "weights") and "generate" not in out.given:
         generate = 0  # a variable asks for it, but this check generates nothing
     asked = not out.given.isdisjoint(
         ("device", "placement", "text", "prompt", "generate", "control", "protocol", *NAMES)
     )
-    options = sanity.CheckOptions(
+    options = check_options.CheckOptions(
         check,
         device,
         placement,

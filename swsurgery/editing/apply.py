@@ -26,6 +26,7 @@ from swsurgery.checkpoint.opening import describe_traffic, held
 from swsurgery.checkpoint.record import Patched
 from swsurgery.editing.applied import SMALL_CHECKPOINT, Applied
 from swsurgery.editing.base import collect_known_digests, find_base, read_base
+from swsurgery.editing.check_options import Check, CheckOptions
 from swsurgery.editing.control_checks import refuse_controls
 from swsurgery.editing.copy import write_checkpoint
 from swsurgery.editing.copy_job import CopyJob, Link
@@ -33,7 +34,7 @@ from swsurgery.editing.pins import check_left_out, check_planned
 from swsurgery.editing.plan import Plan, make_plan
 from swsurgery.editing.record import complete_record, draft_record
 from swsurgery.editing.rewrite import MEASURED
-from swsurgery.editing.sanity import Check, CheckOptions, combine_bounds, run_check
+from swsurgery.editing.sanity import combine_bounds, run_check
 from swsurgery.errors import ModelError, PlanError, SwsurgeryError, TargetError
 from swsurgery.hub import RemoteTree, Uri, download_checkpoint, fetch, open_location
 from swsurgery.manifest.merge import ManifestsLike, load_merged

@@ -25,6 +25,7 @@ from swsurgery.checkpoint.record_entries import UndoRecord
 from swsurgery.editing.already_applied import report_applied
 from swsurgery.editing.applied import SMALL_CHECKPOINT, Applied
 from swsurgery.editing.base import collect_known_digests
+from swsurgery.editing.check_options import CheckOptions
 from swsurgery.editing.control_checks import refuse_controls
 from swsurgery.editing.copy import sort_tallies
 from swsurgery.editing.copy_job import AppliedFile, Copied, compute_record_mode
@@ -42,7 +43,7 @@ from swsurgery.editing.in_place_regions import (
 from swsurgery.editing.pins import check_left_out
 from swsurgery.editing.plan import Plan, make_plan
 from swsurgery.editing.record import complete_record, draft_record
-from swsurgery.editing.sanity import CheckOptions, combine_bounds, run_check
+from swsurgery.editing.sanity import combine_bounds, run_check
 from swsurgery.editing.undo import build_undo, build_undo_changes, list_reversion_notes
 from swsurgery.errors import CheckpointError, PlanError, TargetError
 from swsurgery.hub import Uri

@@ -16,7 +16,7 @@ from swsurgery.checkpoint import inspect
 from swsurgery.checkpoint.opening import open_checkpoint
 from swsurgery.checkpoint.quantised import SCALES, Quantisation
 from swsurgery.cli import main
-from swsurgery.editing.sanity import CheckOptions
+from swsurgery.editing.check_options import CheckOptions
 from swsurgery.errors import ArchitectureError, ModelError, PlanError
 from swsurgery.scanning.blocks import Matrix
 from swsurgery.sharing import export

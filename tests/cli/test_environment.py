@@ -12,7 +12,7 @@ from patched import write_patched
 
 from swsurgery.cli import main, make_app
 from swsurgery.cli.environment import PERMITTED, REFUSED
-from swsurgery.editing import sanity
+from swsurgery.editing import check_options
 from swsurgery.storage.hashing import THREADS_VARIABLE
 
 ROOT = Path(__file__).parents[2]
@@ -154,7 +154,7 @@ def test_a_form_on_the_command_line_takes_precedence_over_json(folder, monkeypat
 
 def test_a_variable_does_not_make_an_optional_check_compulsory(folder, monkeypatch):
     found = []
-    monkeypatch.setattr(sanity.CheckOptions, "__post_init__", lambda options: found.append(options))
+    monkeypatch.setattr(check_options.CheckOptions, "__post_init__", lambda options: found.append(options))
     monkeypatch.setenv("SWSURGERY_WINDOWS", "3")
     main(["apply", "patched.yaml", "-o", "new", "--dry-run"])
     main(["apply", "patched.yaml", "-o", "patched"])

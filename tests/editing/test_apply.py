@@ -38,8 +38,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import swsurgery
+from swsurgery.editing.check_options import CheckOptions
 from swsurgery.editing.revert import revert
-from swsurgery.editing.sanity import CheckOptions
 from swsurgery.errors import CheckpointError, PlanError, TargetError
 from swsurgery.storage import filesystem
 

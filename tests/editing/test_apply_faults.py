@@ -33,7 +33,7 @@ import swsurgery
 from swsurgery import cli
 from swsurgery.checkpoint.checkpoint import Checkpoint
 from swsurgery.editing import sanity
-from swsurgery.editing.sanity import CheckOptions
+from swsurgery.editing.check_options import CheckOptions
 from swsurgery.errors import CheckFailed, CheckpointError, ModelError, SwsurgeryError, TargetError
 from swsurgery.progress import Silent
 from swsurgery.storage import filesystem

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import swsurgery
 from swsurgery.checkpoint.opening import open_checkpoint
-from swsurgery.editing.sanity import CheckOptions
+from swsurgery.editing.check_options import CheckOptions
 from swsurgery.model import load
 from swsurgery.model.variant import Variant
 

@@ -39,8 +39,8 @@ from swsurgery.checkpoint import journal
 from swsurgery.cli import main, output
 from swsurgery.editing import in_place
 from swsurgery.editing import plan as plan_module
+from swsurgery.editing.check_options import CheckOptions
 from swsurgery.editing.in_memory import patched_state_dict
-from swsurgery.editing.sanity import CheckOptions
 from swsurgery.errors import CheckFailed, Interrupted
 from swsurgery.progress import Silent
 from swsurgery.storage import filesystem

@@ -21,7 +21,7 @@ import swsurgery
 from swsurgery.checkpoint import journal_format
 from swsurgery.cli import main
 from swsurgery.editing import changed_bytes, in_place, in_place_regions
-from swsurgery.editing.sanity import CheckOptions
+from swsurgery.editing.check_options import CheckOptions
 from swsurgery.errors import CheckpointError, PlanError
 from swsurgery.storage.names import JOURNAL, OWN_FILES, UNDO_NAME, WORKING_FILES
 

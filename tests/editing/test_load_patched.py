@@ -33,7 +33,7 @@ from safetensors.torch import load_file
 from tiny_checkpoint import DOWN, load, write_pair
 
 import swsurgery
-from swsurgery.editing.sanity import CheckOptions
+from swsurgery.editing.check_options import CheckOptions
 from swsurgery.errors import ManifestError, ModelError, PlanError
 from swsurgery.sharing import export
 from swsurgery.storage import filesystem

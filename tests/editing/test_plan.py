@@ -30,7 +30,7 @@ from listening import Listener
 
 import swsurgery
 from swsurgery.cli import main
-from swsurgery.editing.sanity import CheckOptions
+from swsurgery.editing.check_options import CheckOptions
 from swsurgery.editing.targets import KnownPlace, find_known
 from swsurgery.errors import PlanError
 

@@ -17,10 +17,10 @@ from tiny_checkpoint import DOWN, TEXT, load, write_pair  # noqa: E402
 import swsurgery  # noqa: E402
 from swsurgery.checkpoint.opening import open_checkpoint  # noqa: E402
 from swsurgery.checkpoint.record import find_record  # noqa: E402
+from swsurgery.editing.check_options import CheckOptions  # noqa: E402
 from swsurgery.editing.overlay import overlay_checkpoint  # noqa: E402
 from swsurgery.editing.overlay_undone import overlay_undone  # noqa: E402
 from swsurgery.editing.plan import make_plan  # noqa: E402
-from swsurgery.editing.sanity import CheckOptions  # noqa: E402
 from swsurgery.errors import CheckpointError, SwsurgeryError  # noqa: E402
 from swsurgery.manifest.load import load_manifest  # noqa: E402
 from swsurgery.storage.files import File, LocalFile, read_exactly  # noqa: E402

@@ -11,8 +11,8 @@ from patched import DOWN, MANIFEST, PROTECTED, SECOND, apply_text, contents, fli
 import swsurgery
 from swsurgery.checkpoint.record import read_record
 from swsurgery.cli import main
+from swsurgery.editing.check_options import CheckOptions
 from swsurgery.editing.revert import revert
-from swsurgery.editing.sanity import CheckOptions
 from swsurgery.errors import PlanError
 from swsurgery.sharing.card import render_body
 from swsurgery.storage.folder import Folder

@@ -30,8 +30,8 @@ from killed import killed, names, run, signalled
 import swsurgery
 from swsurgery.cli import main
 from swsurgery.editing import apply
+from swsurgery.editing.check_options import CheckOptions
 from swsurgery.editing.copy_job import AppliedFile
-from swsurgery.editing.sanity import CheckOptions
 from swsurgery.errors import Interrupted, PlanError, SwsurgeryError, TargetError
 from swsurgery.storage import filesystem
 from swsurgery.storage.names import OWN_FILES

@@ -37,7 +37,7 @@ from checkpoints import tensor as random_tensor
 from faults.crash_calls import Watch, watching
 from faults.crash_fs import SECTOR, Image, Start, Step
 from swsurgery.checkpoint.inspect import inspect
-from swsurgery.editing import sanity
+from swsurgery.editing import check_options
 from swsurgery.editing.apply import apply
 from swsurgery.editing.revert import revert
 from swsurgery.errors import Interrupted, SwsurgeryError
@@ -86,7 +86,7 @@ class Task:
         return "model" if self.in_place else "out"
 
 
-NO_CHECK = sanity.CheckOptions("off")
+NO_CHECK = check_options.CheckOptions("off")
 
 
 def copy(room: Room, link: str = "auto") -> object:

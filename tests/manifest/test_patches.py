@@ -32,8 +32,8 @@ from safetensors import safe_open
 
 import swsurgery
 from swsurgery.cli import main
+from swsurgery.editing.check_options import CheckOptions
 from swsurgery.editing.revert import revert
-from swsurgery.editing.sanity import CheckOptions
 from swsurgery.errors import ManifestError, PlanError
 from swsurgery.manifest import patch as patch_module
 from swsurgery.manifest.load import load_manifest

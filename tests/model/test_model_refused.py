@@ -8,7 +8,7 @@ from listening import Listener
 
 import swsurgery
 from swsurgery import model
-from swsurgery.editing.sanity import CheckOptions
+from swsurgery.editing.check_options import CheckOptions
 from swsurgery.errors import CheckFailed, ModelError, PlanError
 from swsurgery.model.bounds import CheckedBounds
 

@@ -25,7 +25,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 import swsurgery
 from swsurgery.checkpoint.opening import open_checkpoint
-from swsurgery.editing.sanity import CheckOptions
+from swsurgery.editing.check_options import CheckOptions
 from swsurgery.errors import ModelError, Unrunnable
 from swsurgery.model.load import open_model
 from swsurgery.model.quantisers import PACKAGES

@@ -21,8 +21,8 @@ from tiny_checkpoint import DOWN, load, write_pair
 import swsurgery
 from swsurgery.checkpoint.opening import open_checkpoint
 from swsurgery.cli import main
+from swsurgery.editing.check_options import CheckOptions
 from swsurgery.editing.plan import make_plan
-from swsurgery.editing.sanity import CheckOptions
 from swsurgery.errors import ArchitectureError, CheckpointError, PlanError, TargetError
 from swsurgery.manifest import patch as patch_module
 from swsurgery.manifest.load import parse_manifest

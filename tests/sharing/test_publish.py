@@ -13,7 +13,7 @@ from publishing import BASE, EDIT, NEW, OWN, digests, how, patch, put_base, run,
 
 import swsurgery
 from swsurgery.cli import main
-from swsurgery.editing.sanity import CheckOptions
+from swsurgery.editing.check_options import CheckOptions
 from swsurgery.hub.remote import HEAD
 
 any_hub, hub = fixture.any_hub, fixture.hub

@@ -16,7 +16,7 @@ from publishing import BASE, EDIT, digests, patch, put_base, served, tree
 
 import swsurgery
 from swsurgery.cli import main
-from swsurgery.editing.sanity import CheckOptions
+from swsurgery.editing.check_options import CheckOptions
 from swsurgery.manifest import patch as patch_module
 
 any_hub, hub = fixture.any_hub, fixture.hub

@@ -14,7 +14,7 @@ from test_card import split, table
 
 import swsurgery
 from swsurgery.cli import main
-from swsurgery.editing.sanity import CheckOptions
+from swsurgery.editing.check_options import CheckOptions
 from swsurgery.manifest import patch as patch_module
 from swsurgery.sharing.plan_checkpoint import list_loader_notes
 

@@ -12,8 +12,8 @@ import swsurgery
 from swsurgery.checkpoint.opening import open_checkpoint
 from swsurgery.checkpoint.record import read_record
 from swsurgery.editing import apply as apply_module
+from swsurgery.editing.check_options import CheckOptions
 from swsurgery.editing.revert import revert
-from swsurgery.editing.sanity import CheckOptions
 from swsurgery.model.bounds import CheckedBounds
 from swsurgery.storage.folder import Folder
 

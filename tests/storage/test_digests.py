@@ -17,8 +17,8 @@ import swsurgery
 from swsurgery.checkpoint.record import Record
 from swsurgery.checkpoint.record_entries import FileRecord
 from swsurgery.cli import main
+from swsurgery.editing.check_options import CheckOptions
 from swsurgery.editing.revert import revert
-from swsurgery.editing.sanity import CheckOptions
 from swsurgery.errors import CheckpointError, PlanError
 from swsurgery.progress import Silent
 from swsurgery.sharing import edit_source

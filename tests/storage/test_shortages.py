@@ -23,7 +23,7 @@ from publishing import write_base as write_hub_base
 import swsurgery
 from swsurgery.checkpoint import inspect
 from swsurgery.cli import main, output
-from swsurgery.editing.sanity import CheckOptions
+from swsurgery.editing.check_options import CheckOptions
 from swsurgery.errors import Unrunnable
 from swsurgery.threads import Pool
 

@@ -194,7 +194,7 @@ def test_commands_that_only_read_write_nothing(directory):
 
 @pytest.fixture
 def patched(directory) -> Path:
-    from swsurgery.editing.sanity import CheckOptions
+    from swsurgery.editing.check_options import CheckOptions
 
     swsurgery.apply(directory / "manifest.yaml", output=directory / "patched", check=CheckOptions("off"))
     edit = {"op": "zero", "tensor": down(2), "index": [3, 4]}

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 import swsurgery
-from swsurgery.editing.sanity import CheckOptions
+from swsurgery.editing.check_options import CheckOptions
 
 HIDDEN, WIDE, VOCABULARY = 4, 6, 8
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"

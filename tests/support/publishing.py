@@ -11,7 +11,7 @@ from huggingface_hub import snapshot_download
 
 import swsurgery
 from swsurgery.cli import main
-from swsurgery.editing.sanity import CheckOptions
+from swsurgery.editing.check_options import CheckOptions
 
 BASE, NEW = "org/base", "org/edited"
 OWN = {"swsurgery.json", "manifest.yaml", "SHA256SUMS", "README.md"}
