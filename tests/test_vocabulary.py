@@ -17,9 +17,9 @@ MODULES = {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text()) for
 
 VERBS = frozenset({
     "add", "allocate", "apply", "assemble", "build", "cast", "check", "choose", "classify", "clone", "collect",
-    "combine", "compare", "complete", "compute", "confirm", "convert", "copy", "count", "create", "cut", "decode",
-    "describe", "diff", "disable", "divide", "download", "draft", "draw", "drop", "encode", "end", "escape",
-    "expect", "explain", "export", "fence", "fetch", "fill", "find", "forget", "format", "gather", "generate",
+    "combine", "compare", "complete", "compute", "confirm", "convert", "copy", "count", "create", "cut", "decide",
+    "decode", "describe", "diff", "disable", "divide", "download", "draft", "draw", "drop", "encode", "end",
+    "escape", "expect", "explain", "export", "fence", "fetch", "fill", "find", "forget", "format", "gather", "generate",
     "get", "group", "guard", "hash", "hide", "identify", "inspect", "join", "lint", "list", "load", "locate",
     "lock", "look", "lookup", "make", "measure", "merge", "move", "name", "normalise", "open", "order", "overlay",
     "pack", "parse", "pick", "pin", "plan", "plot", "pluralise", "point", "prepare", "print", "publish", "quote",
