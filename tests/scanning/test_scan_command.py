@@ -422,3 +422,17 @@ def test_scan_in_python_says_what_the_command_says(here: Path, capsys: pytest.Ca
     assert main(["scan", "planted", *ASK, "--json", "--device", "cpu"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert document == json.loads(json.dumps(report.to_json())) | {"schema": "swsurgery/scan/1"}
+
+
+def test_the_published_activation_is_said_to_be_of_another_text(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree((here / "random").resolve(), here / "named")
+    config = json.loads((here / "named" / "config.json").read_text())
+    (here / "named" / "config.json").write_text(json.dumps(config | {"_name_or_path": "google/gemma-2b"}))
+    words = ["scan", "named", *ASK, "--device", "cpu"]
+    main([*words, "--page", "page.html"])
+    said = "measured on 5,000 samples of text, not on"
+    assert f"{said} the prompts of this scan" in " ".join(capsys.readouterr().out.split())
+    assert f"{said} these prompts" in (here / "page.html").read_text()
+    main([*words, "--json"])
+    published = json.loads(capsys.readouterr().out)["passport"]["published"]
+    assert (published["value"], published["measured_on"]) == (-2992, "5,000 samples of text")
