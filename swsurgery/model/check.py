@@ -127,7 +127,9 @@ def run_checks(
 
         count = sides * (1 + len(roundings)) + len(controls)
         edited = [change.coordinate for change in changes]
-        controlled = _plan_controls(controls, checkpoint, pair, edited, excluded, len(pieces)) if controls else None
+        controlled = (
+            _plan_controls(controls, checkpoint, pair, edited, excluded, len(pieces), say) if controls else None
+        )
         totals = measure.Totals([token for token in words.stop_words if token < vocabulary], count, words=cut.words)
         continuations = []
         with load.convert_run_errors(paired.device, paired.weights is not None):
@@ -185,11 +187,12 @@ def _plan_controls(
     edited: Sequence[Coordinate],
     excluded: Collection[Coordinate],
     windows: int,
+    say: Callable[[str], None],
 ) -> ControlRun:
     """Plan the controls of an edit of single scalars. Raises ArchitectureError, ModelError and ShardError."""
     from swsurgery.model.control_run import ControlRun, plan_controls
 
-    return ControlRun(plan_controls(controls, checkpoint, pair.old.scalars, edited, excluded), windows)
+    return ControlRun(plan_controls(controls, checkpoint, pair.old.scalars, edited, excluded, say), windows)
 
 
 def _run_tasks(

@@ -5,7 +5,7 @@ controls.py defines the controls. held_means.py adds the means of the control "m
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -21,6 +21,12 @@ from swsurgery.model.variant import Scalars, Variant
 from swsurgery.progress import Progress
 from swsurgery.storage.coordinate import Coordinate
 from swsurgery.storage.region import Region
+
+NOTHING_EXCLUDED = (
+    "control outliers: super weights may be among the outliers, because no known ones are left out "
+    "(name the model in base.model, or protect the candidates of a scan)"
+)
+"""What a user is told if the manifest protects nothing, and no known super weights of its model are found."""
 
 
 @dataclass(frozen=True)
@@ -58,11 +64,13 @@ def plan_controls(
     base: Scalars,
     edited: Collection[Coordinate],
     excluded: Collection[Coordinate],
+    say: Callable[[str], None],
 ) -> tuple[PlannedControl, ...]:
     """Make the variant of each control of an edit of the scalars `edited`.
 
     `base` contains the scalars of the base that differ in the loaded checkpoint. The outliers are neither edited nor
-    `excluded`. Raises ArchitectureError, ModelError and ShardError as `find_largest_scalars` does.
+    `excluded`; `say` receives a line if nothing is excluded, because they may then contain super weights. Raises
+    ArchitectureError, ModelError and ShardError as `find_largest_scalars` does.
     """
     planned = []
     for control in controls:
@@ -70,6 +78,8 @@ def plan_controls(
             held = frozenset(edited)
             planned.append(PlannedControl(control, Variant(_zero(base, held), held=held), len(held)))
             continue
+        if not excluded:
+            say(NOTHING_EXCLUDED)
         count = control.count or compute_paper_count(sum(list_down_tensors(checkpoint).values()))
         found = find_largest_scalars(checkpoint, count, {*edited, *excluded})
         variant = Variant(_zero(base, [one.coordinate for one in found]))

@@ -59,7 +59,7 @@ def compare_plans(
     for plan, edit in zip(plans, edits[1:], strict=True):
         cases += [_Case(edit, rounding) for rounding in (None, *roundings)]
         edited, excluded = [splice.coordinate for splice in plan.splices], list_plan_excluded(plan)
-        cases += [_Case(edit, None, one) for one in plan_controls(controls, checkpoint, {}, edited, excluded)]
+        cases += [_Case(edit, None, one) for one in plan_controls(controls, checkpoint, {}, edited, excluded, say)]
     with load.hide_output():
         tokenizer = load.load_tokenizer(checkpoint.directory)
         model = load.open_model(checkpoint, device=device, placement=placement, say=say)

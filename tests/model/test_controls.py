@@ -259,6 +259,17 @@ def test_a_hostile_report_breaks_no_line(room, tmp_path, capsys) -> None:
         assert "\x1b" not in text and "\nb" not in text
 
 
+@pytest.mark.parametrize("control", ["outliers:3", "mean"])
+def test_a_line_says_that_no_known_super_weights_are_left_out(tmp_path, capsys, control) -> None:
+    manifest = json.loads(Path("m.json").read_text())
+    manifest["edits"].pop()  # protects a scalar
+    (tmp_path / "m.json").write_text(json.dumps(manifest | {"base": {"path": str(Path("base").resolve())}}))
+    words = ["--text", "text.txt", "--windows", "1", "--window", "12", "--device", "cpu", "--control", control]
+    for path, said in ((tmp_path / "m.json", control != "mean"), (Path("m.json"), False)):
+        assert main(["compare", str(path), *words]) == 0
+        assert ("super weights may be among the outliers" in capsys.readouterr().err) == said
+
+
 # Meanings ------------------------------------------------------------------------------------------------------------
 
 
