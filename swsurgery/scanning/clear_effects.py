@@ -61,8 +61,10 @@ def report_unclear(names: Collection[str], say: Say) -> None:
         say(f"no verdict: {name} (its effect would be clear if it were the only one tested: give a longer text)")
 
 
-def decide(unit: Unit, alone: Collection[Unit], jointly: Collection[Unit], unjudged: Collection[Unit]) -> Verdict:
-    """Decide the verdict on a unit. `unjudged` contains the units on which the measurement allows no verdict."""
+def choose_verdict(
+    unit: Unit, alone: Collection[Unit], jointly: Collection[Unit], unjudged: Collection[Unit]
+) -> Verdict:
+    """Choose the verdict on a unit. `unjudged` contains the units on which the measurement allows no verdict."""
     if unit in alone:
         return "needed alone"
     if unit in jointly:

@@ -40,7 +40,14 @@ from swsurgery.scanning.causal_test import (
     refuse_untestable,
     report_too_few_windows,
 )
-from swsurgery.scanning.clear_effects import Contrast, decide, find_clear, find_jointly, find_unclear, report_unclear
+from swsurgery.scanning.clear_effects import (
+    Contrast,
+    choose_verdict,
+    find_clear,
+    find_jointly,
+    find_unclear,
+    report_unclear,
+)
 from swsurgery.scanning.doses import choose_doses, report_doses
 from swsurgery.scanning.losses import Losses, compute_exp
 from swsurgery.scanning.report import Candidate, ColumnNull, Confirmation, JointSet, Trial
@@ -164,7 +171,7 @@ class _Judge:
             candidate,
             alone=self.losses.effect(frozenset({name})),
             without=self.losses.effect(others) if others else None,
-            verdict=decide(name, self.alone, self.jointly, self.unjudged),
+            verdict=choose_verdict(name, self.alone, self.jointly, self.unjudged),
             listed=removes or name in together,
         )
 

@@ -31,7 +31,7 @@ from swsurgery.scanning.causal_test import (
     refuse_untestable,
     report_too_few_windows,
 )
-from swsurgery.scanning.clear_effects import decide, find_clear, find_jointly, find_unclear, report_unclear
+from swsurgery.scanning.clear_effects import choose_verdict, find_clear, find_jointly, find_unclear, report_unclear
 from swsurgery.scanning.expert_report import (
     ExpertCandidate,
     ExpertConfirmation,
@@ -96,7 +96,7 @@ def confirm_experts(
             candidate,
             alone=losses.effect(frozenset({candidate.name})),
             without=losses.effect(together - {candidate.name}) if len(names) > 1 else None,
-            verdict=decide(candidate.name, alone, jointly.units, unclear),
+            verdict=choose_verdict(candidate.name, alone, jointly.units, unclear),
         )
         for candidate in candidates
     ]

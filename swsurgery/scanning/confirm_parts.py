@@ -32,7 +32,7 @@ from swsurgery.scanning.causal_test import (
     refuse_untestable,
     report_too_few_windows,
 )
-from swsurgery.scanning.clear_effects import decide, find_clear, find_unclear, report_unclear
+from swsurgery.scanning.clear_effects import choose_verdict, find_clear, find_unclear, report_unclear
 from swsurgery.scanning.losses import Losses
 from swsurgery.scanning.part_report import ModelPart, PartConfirmation, PartKind, PartName, PartTrial
 from swsurgery.scanning.parts import locate_part
@@ -99,7 +99,7 @@ def confirm_parts(
                 part,
                 alone=losses.effect(frozenset({part.name})),
                 without=losses.effect(together - {part.name}) if len(names) > 1 else None,
-                verdict=decide(part.name, alone, jointly, unclear),
+                verdict=choose_verdict(part.name, alone, jointly, unclear),
             )
             for part in parts
         ),

@@ -12,7 +12,7 @@ import pytest
 
 from swsurgery.model.intervals import compute_mean_interval
 from swsurgery.scanning.clear_effects import (
-    decide,
+    choose_verdict,
     find_clear,
     find_joint_sets,
     find_jointly,
@@ -144,8 +144,8 @@ def test_an_effect_that_only_a_single_test_would_call_clear_gets_no_verdict() ->
     alone = find_clear(losses, tests, lambda unit: 0.0)
     unclear = find_unclear(losses, tests, lambda unit: 0.0, alone)
     assert (alone, unclear) == ({0}, {1})
-    assert [decide(unit, alone, (), unclear) for unit in tests] == ["needed alone", "untested", "inert"]
-    assert decide(1, alone, {1}, unclear) == "needed jointly"
+    assert [choose_verdict(unit, alone, (), unclear) for unit in tests] == ["needed alone", "untested", "inert"]
+    assert choose_verdict(1, alone, {1}, unclear) == "needed jointly"
     losses.enough = False
     assert find_unclear(losses, tests, lambda unit: 0.0, ()) == {0, 1, 2}
     said: list[str] = []
