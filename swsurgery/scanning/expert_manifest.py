@@ -32,7 +32,10 @@ def write_expert_manifest(
     edits = [(_describe(expert, trials.get(expert.name)), _list_fields(expert, op, factor)) for expert in found]
     ratio = find_largest_ratio(report.expert_confirmation, {expert.name for expert in found})
     what = pluralise(len(found), "super expert")
-    return write_found(report, edits, base, op, factor, prefix="scan-experts", what=what, ratio=ratio)
+    verdicts = [trial.verdict if (trial := trials.get(expert.name)) else None for expert in found]
+    return write_found(
+        report, edits, base, op, factor, prefix="scan-experts", what=what, verdicts=verdicts, ratio=ratio
+    )
 
 
 def _list_fields(expert: ExpertCandidate, op: Operation, factor: float | None) -> dict[str, object]:

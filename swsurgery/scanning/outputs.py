@@ -22,7 +22,7 @@ from swsurgery.known.table import LARGE_RATIO, UNDECIDED_NOTE, describe
 from swsurgery.manifest.load import parse_manifest
 from swsurgery.manifest.writer import Operation, is_gentle, list_edit_fields, refuse_unfit, write_manifest
 from swsurgery.model.text import describe_measured_text
-from swsurgery.scanning.causal_report import Effect, find_largest_ratio
+from swsurgery.scanning.causal_report import Effect, Verdict, find_largest_ratio
 from swsurgery.scanning.coverage import list_stored_layers
 from swsurgery.scanning.part_manifest import choose_parts, list_part_edits
 from swsurgery.scanning.part_report import ModelPart, PartTrial
@@ -100,6 +100,7 @@ def scan_manifest(report: Scan, *, base: Mapping[str, str | None], op: Operation
         for c in found
     ]
     counted = ((len(found), "super weight"), (len(parts), "part"))
+    tests = [*(trials.get(c.coordinate) for c in found), *(report.part_trials.get(part.name) for part in parts)]
     return write_found(
         report,
         [*edits, *list_part_edits(parts, report.part_trials, op, factor)],
@@ -107,6 +108,7 @@ def scan_manifest(report: Scan, *, base: Mapping[str, str | None], op: Operation
         op,
         factor,
         prefix="scan",
+        verdicts=[trial.verdict if trial else None for trial in tests],
         what=" and ".join(pluralise(count, noun) for count, noun in counted if count),
         ratio=max(
             find_largest_ratio(report.confirmation, {c.coordinate for c in found}),
@@ -124,15 +126,17 @@ def write_found(
     *,
     prefix: str,
     what: str,
+    verdicts: Sequence[Verdict | None],
     ratio: float,
 ) -> str:
     """Write the YAML text of a manifest with one edit for each part of the model that a scan found.
 
     An edit is its comment and its fields. The name of the manifest begins with `prefix`. Its description calls what was
-    found `what`, such as "2 super weights". `ratio` is the largest perplexity ratio measured for zeroing them. Raises
-    ManifestError if `base` is not valid in a manifest.
+    found `what`, such as "2 super weights". `verdicts` contains the verdict on each, or None without a test. `ratio` is
+    the largest perplexity ratio measured for zeroing them. Raises ManifestError if `base` is not valid in a manifest.
     """
-    how = "found and confirmed" if report.confirmed else "found, not confirmed"
+    needed = sum(verdict in ("needed alone", "needed jointly") for verdict in verdicts)
+    how = "found and confirmed" if needed == len(verdicts) else f"found, {needed or 'not'} confirmed"
     what = f"{what} that a scan by {report.method} {how}"
     text = write_manifest(
         head=[f"written by swsurgery scan, version {__version__}", *_describe_largest(report)],

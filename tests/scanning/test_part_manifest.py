@@ -64,7 +64,10 @@ def test_needed_parts_are_edits_and_inert_ones_are_not():
     assert [target[0] for target in list_targets(report, "scale", 0.5)] == ["scale"] * 5
     text = scan_manifest(report, base=BASE, op="zero")
     assert "# layer 6 row 1: adds 90 to channels 5, 7; not confirmed\n" in text
-    assert "5 parts that a scan by activations found and confirmed" in text
+    assert "5 parts that a scan by activations found, 4 confirmed" in text
+    assert "2 parts that a scan by activations found and confirmed" in scan_manifest(
+        scan_of(part("row", 1, 3), part("row", 2, 3)), base=BASE, op="zero"
+    )
     assert "# layer 1 row 3: adds 90 to channels 5, 7; needed alone, perplexity x5.600 without it" in text
     assert "min_perplexity_ratio: 2.0" in text
 
