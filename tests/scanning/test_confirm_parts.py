@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
-from planted import Place, build, opened, plant, weights_of
+from planted import SEQUENCES, Place, build, opened, plant, weights_of
 
 from swsurgery.errors import ModelError
 from swsurgery.scanning.activation_report import Cause, ExpertShare, PersistentActivation
+from swsurgery.scanning.by_activations import scan_sequences
 from swsurgery.scanning.causal_test import CausalOptions
 from swsurgery.scanning.confirm_parts import choose_testable, confirm_parts
 from swsurgery.scanning.part_report import ModelPart, PartName
@@ -145,6 +147,25 @@ def test_a_channel_of_attention_or_of_the_embedding_is_zeroed(family, kind, tmp_
     assert test.trials[0].alone.ratio != pytest.approx(1, abs=1e-4)
     [(found, where, ratios)] = test.part_nulls
     assert (found, where, len(ratios)) == (kind, layer, 4)
+
+
+@pytest.mark.parametrize("kind", ["attention", "embedding"])
+def test_a_scan_finds_and_tests_a_planted_channel(kind, tmp_path):
+    """A row of an output projection, or a column of the embedding, is made so large that a state persists."""
+    model = build("llama")
+    with torch.no_grad():
+        if kind == "embedding":
+            model.model.embed_tokens.weight[:, 5] = 400
+        else:
+            model.model.layers[1].self_attn.o_proj.weight[5] *= 600
+    layered = opened(model, tmp_path)
+    report = scan_sequences(layered, SEQUENCES)
+    name = "embedding channel 5" if kind == "embedding" else "layer 1 attention channel 5"
+    assert (report.answer, report.candidates, [str(part.name) for part in report.found_parts]) == ("found", (), [name])
+    test = confirm_parts(layered, report.parts, WINDOWS, CausalOptions(nulls=3))
+    tested = replace(report, part_confirmation=test)
+    assert tested.answer == ("none" if test.trials[0].verdict == "inert" else "found")
+    assert tested.to_json()["parts"][0]["verdict"] == test.trials[0].verdict
 
 
 def test_a_part_that_the_loaded_model_lacks_is_not_tested(tmp_path):
