@@ -716,7 +716,7 @@ def test_what_is_read_whole_is_not_edited_meanwhile(base, manifest, tmp_path, ap
     during: list[tuple[int, str]] = []
 
     class Bar(Silent):
-        def __init__(self, quiet: bool = False):
+        def __init__(self, quiet: bool, began: float):
             pass
 
         def start(self, total: int, unit: str, label: str) -> None:
