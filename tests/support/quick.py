@@ -23,6 +23,7 @@ NEEDS_TORCH = (
     "checkpoint/test_quantised.py::test_a_model_whose_codes_transformers_would_take_for_weights_is_not_loaded",
     "checkpoint/test_quantised.py::test_nothing_reads_codes_as_weights",
     "cli/test_action.py::test_findings_need_not_fail_the_job",
+    "scanning/test_multiplicity.py",
     "storage/test_arguments.py::test_the_other_names_are_kinds_too",
     "verifying/test_signing.py",
 )
