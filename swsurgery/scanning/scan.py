@@ -7,7 +7,7 @@
         scan_weights         scalars that may make one, by weights alone     by_weights.py
         scan_experts         experts with extreme outputs                    experts.py
         confirm_scalars      effects of zeroing scalars                      confirm.py
-        confirm_parts        effects of zeroing rows, neurons and experts    confirm_parts.py
+        confirm_parts        effects of zeroing what creates activations     confirm_parts.py
         confirm_experts      effects of zeroing super experts                confirm_experts.py
     write_files          the manifest, the figure and the entry for lookup   scan_files.py
 
