@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 FIRST_LINE = 0.25
 """Seconds after the begin of the command after which its first task is reported if stderr is not a terminal."""
 
-SHORT_TASK = 0.1
+SHORT_TASK = 0.05
 """Seconds that the first task lasts at least if it is reported. Imports may have taken FIRST_LINE before it began."""
 
 PHASE_LINE = 1.0

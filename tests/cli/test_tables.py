@@ -141,7 +141,7 @@ def test_each_kind_of_task_prints_a_line_without_a_terminal(monkeypatch: pytest.
     assert lines == ["swsurgery: loading torch ...", "swsurgery: round 1, 0% ..."], "similar tasks print one line"
 
 
-@pytest.mark.parametrize(("earlier", "seconds"), [(0.0, 0.25), (0.125, 0.125), (0.24, 0.1), (9.0, 0.1)])
+@pytest.mark.parametrize(("earlier", "seconds"), [(0.0, 0.25), (0.125, 0.125), (0.24, 0.05), (9.0, 0.05)])
 def test_the_first_line_is_due_a_quarter_of_a_second_after_the_command_began(
     monkeypatch: pytest.MonkeyPatch, earlier: float, seconds: float
 ):
