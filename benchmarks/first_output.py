@@ -157,14 +157,15 @@ def render(best: dict[str, Timing], rounds: int, load: float) -> list[str]:
     busy = load > IDLE_LOAD
     lines = [
         "Made by `python benchmarks/first_output.py --write`: the demo's model, SmolLM2-135M, with a warm page",
-        f"cache. The package is compiled, as pip does. Output goes into a pipe. Of {rounds} rounds, the one with",
-        f"the least processor time until the first byte. {describe_machine()}",
+        "cache. The modules are compiled, as pip does when it installs the package. Output goes into a pipe.",
+        f"The figures are those of the round, out of {rounds}, with the least processor time until the first byte.",
+        describe_machine(),
         "",
     ]
     if busy:
         lines[-1:] = [
-            f"The load was {load:.1f} before the first round, so that seconds are left out. Processor time is longer",
-            "than on an idle machine too.",
+            f"The load was {load:.1f} before the first round, so the table has no seconds. Processor time is also",
+            "longer than on an idle machine.",
             "",
             "| swsurgery | processor seconds to the first byte |",
             "|---|---:|",
