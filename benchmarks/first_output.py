@@ -63,8 +63,8 @@ COMMANDS = (
 """The commands. `new` is an output, which is removed before each run."""
 
 
-IDLE_LOAD = 1.0
-"""Highest load of a machine on which seconds are reported. On a busier machine, other programs make them longer."""
+IDLE_LOAD = 1.5
+"""Highest load of two cores at which seconds are reported. On a busier machine, other programs make them longer."""
 
 
 @dataclass(frozen=True)
