@@ -32,18 +32,18 @@ SHARED_BLOCKS = frozenset({"shared_transf", "shared_transformer"})
 in them does not write to the residual stream."""
 
 _CONV1D = "c_proj"
-"""The module that GPT-2 stores transposed. Other families with this name store the rows first, as usual."""
+"""Name of the output projection that GPT-2 stores transposed. Other families with this name store it as usual."""
 
 _POSITIONS = re.compile(r"(?:.*\.)?(?:wpe|embed_positions|position_embeddings)\.weight", re.DOTALL)
 """Names of tables of learned positions. The residual stream begins with the sum of a token's and a position's row."""
 
 
 def locate_mixer_row(config: Mapping[str, Any], shapes: Shapes, layer: int, channel: int) -> tuple[Region, ...]:
-    """Find everything by which the mixer of a layer writes to one channel: a row of each output projection.
+    """Find the regions by which the mixer of a layer writes to one channel: a row of each output projection.
 
-    If a projection has a bias, its element is found too. If all regions are zero, the mixer adds nothing to the
-    channel, whatever its input is. Raises ArchitectureError if no output projection with a known name is stored, or if
-    its shape does not fit.
+    If a projection has a bias, one element of it is a region too. If all regions are zero, the mixer adds nothing to
+    the channel, whatever its input is. Raises ArchitectureError if no output projection with a known name is stored, or
+    if its shape does not fit.
     """
     reference = _find_reference(config, shapes)
     before, _, after = reference.tensor.partition(f".{reference.layer}.")

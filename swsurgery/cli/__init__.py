@@ -162,7 +162,7 @@ def _repeat_interrupt(number: int, frame: FrameType | None) -> None:
 
 
 GARBAGE = 20_000
-"""Number of new objects after which Python looks for garbage. Its default of 700 makes imports a tenth slower."""
+"""Number of new objects after which Python collects garbage. Its default of 700 makes imports a tenth slower."""
 
 
 def entry() -> NoReturn:

@@ -180,8 +180,9 @@ ControlOption = Annotated[
     list[str] | None,
     typer.Option(
         metavar="mean|outliers[:N]",
-        help="Also measure another change of the base: the products of the edited scalars held at their means, or N "
-        "other outliers zeroed (by default 7,000 of 6.7e9 scalars of down projections). May be repeated.",
+        help="Also measure another change of the base. mean: replace the products of the edited scalars by their "
+        "means. outliers: zero the N largest other scalars of the down projections (by default, about one in a "
+        "million). May be repeated.",
     ),
 ]
 TasksOption = Annotated[

@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 FIRST_LINE = 0.25
-"""Seconds after the begin of the command after which its first task is reported if stderr is not a terminal."""
+"""Number of seconds after the start of the command when its first task is reported, if stderr is not a terminal."""
 
 SHORT_TASK = 0.05
-"""Seconds that the first task lasts at least if it is reported. Imports may have taken FIRST_LINE before it began."""
+"""Number of seconds that the first task must take before it is reported. Imports before it may take FIRST_LINE."""
 
 PHASE_LINE = 1.0
 """Seconds after which a task of another kind than those reported before is reported."""
@@ -33,8 +33,8 @@ class Bar:
     """A Reporter that prints notes and a progress bar on stderr, or nothing if `quiet` is set.
 
     If stderr is not a terminal, such as the log of a CI job, lines take the place of the bar. A task whose label begins
-    with "loading", such as loading torch, is reported at once unless torch is loaded already. Any other task is
-    reported FIRST_LINE seconds after the command began at `began` (by default, now), but not before it has taken
+    with "loading", such as loading torch, is reported at once unless torch is loaded already. The first other task
+    is reported FIRST_LINE seconds after the command began at `began` (by default, now), but not before it has taken
     SHORT_TASK seconds. If a line about another kind of task was printed before, it is reported when it has taken
     PHASE_LINE seconds. Further lines follow every NEXT_LINE seconds. So short tasks print nothing, and many similar
     tasks, such as rounds, print one line a minute.

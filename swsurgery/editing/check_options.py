@@ -26,7 +26,7 @@ class CheckOptions:
     `window`, `stride`, `bos` and `score_first` change it (`model/protocol.py`); None keeps the protocol's value.
     `generate` is the number of tokens by which both models continue each prompt. `controls` are other changes of the
     base to compare with: "mean", "outliers" or "outliers:N" (`model/controls.py`).
-    `required` says whether a check that cannot be made is an error; None: it is one if any other option was set.
+    `required` is True if a check that cannot be made is an error. None means True if any other option was set.
     """
 
     kind: Check = "auto"
@@ -93,7 +93,7 @@ class CheckOptions:
 
     @property
     def asked(self) -> bool:
-        """True if the user set any option that needs a forward pass, so it must be made."""
+        """True if the check must be made: `required` is set, or an option needs a forward pass."""
         if self.required is not None:
             return self.required
         return replace(self, kind="auto", bounds=None) != CheckOptions()

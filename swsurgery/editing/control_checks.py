@@ -18,7 +18,7 @@ from swsurgery.storage.coordinate import Coordinate
 
 
 def refuse_controls(plan: Plan) -> None:
-    """Raise ModelError if the plan changes no single scalar, or rows, tensors or quantised weights."""
+    """Raise ModelError if the plan changes no single scalar, or changes rows, tensors or quantised weights."""
     refuse_uncontrolled(plan.splices, list_whole_tensors(plan))
 
 

@@ -26,12 +26,12 @@ NOTHING_EXCLUDED = (
     "control outliers: super weights may be among the outliers, because no known ones are left out "
     "(name the model in base.model, or protect the candidates of a scan)"
 )
-"""What a user is told if the manifest protects nothing, and no known super weights of its model are found."""
+"""Warning for the user if the manifest protects nothing, and no super weights of its model are known."""
 
 
 @dataclass(frozen=True)
 class PlannedControl:
-    """A control as a variant of the loaded checkpoint, in which `zeroed` scalars of the base are 0."""
+    """A control as a variant of the loaded checkpoint, in which a number `zeroed` of scalars of the base are 0."""
 
     control: Control
     variant: Variant
@@ -68,8 +68,8 @@ def plan_controls(
 ) -> tuple[PlannedControl, ...]:
     """Make the variant of each control of an edit of the scalars `edited`.
 
-    `base` contains the scalars of the base that differ in the loaded checkpoint. The outliers are neither edited nor
-    `excluded`; `say` receives a line if nothing is excluded, because they may then contain super weights. Raises
+    `base` contains the scalars of the base that differ in the loaded checkpoint. No outlier is in `edited` or
+    `excluded`. If nothing is excluded, super weights may be among the outliers, and `say` receives a line. Raises
     ArchitectureError, ModelError and ShardError as `find_largest_scalars` does.
     """
     planned = []
@@ -88,7 +88,7 @@ def plan_controls(
 
 
 def _zero(base: Scalars, names: Collection[Coordinate]) -> Scalars:
-    """Return the scalars of the base with some of them, or others, set to 0."""
+    """Return the scalars of the base that differ in the checkpoint, with the scalars `names` set to 0."""
     zeros: dict[Coordinate | Region, float] = dict.fromkeys(names, 0.0)
     return {**base, **zeros}
 
@@ -96,7 +96,7 @@ def _zero(base: Scalars, names: Collection[Coordinate]) -> Scalars:
 def run_variants(
     model: LayeredModel, windows: Sequence[Sequence[int]], variants: Sequence[Variant], progress: Progress | None
 ) -> Iterator[Outcomes]:
-    """Run variants, of which some may hold scalars, on windows of a text. The first variant is the base."""
+    """Run variants on windows of a text. The first variant is the base; others may hold scalars at their means."""
     if not any(variant.held for variant in variants):
         return model.run(windows, variants, progress=progress)
     means = HeldMeans(model, variants, [len(window) for window in windows], len(windows))
@@ -121,7 +121,7 @@ class ControlRun:
         variants: Sequence[Variant],
         progress: Progress | None,
     ) -> Iterator[Outcomes]:
-        """Run `variants`, of which the first is the base, and after them the controls."""
+        """Run `variants` and the controls, which are the last variants. The first of `variants` is the base."""
         every = [*variants, *(one.variant for one in self.planned)]
         self._first = len(variants)
         if not any(one.variant.held for one in self.planned):

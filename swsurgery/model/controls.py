@@ -25,10 +25,10 @@ PAPER_OUTLIERS, PAPER_PARAMETERS = 7000, 6.7e9
 """Number of other outliers that arXiv:2411.07191 prunes from Llama-7B (table 1), and the parameters of this model."""
 
 MOST_OUTLIERS = 1_000_000
-"""Maximum number of outliers. Each is found and set to 0 on its own, which takes some 20 microseconds a layer."""
+"""Maximum number of outliers. Each is set to 0 on its own, which takes about 20 microseconds in each layer."""
 
 HARMLESS = 1.05
-"""Perplexity ratio up to which a control counts as harmless; the limit of an inert scalar in `scan --confirm`."""
+"""Maximum perplexity ratio of a harmless control. `scan --confirm` uses the same limit for an inert scalar."""
 
 _REMEDY = "use --control mean or --control outliers[:N]"
 
@@ -69,7 +69,7 @@ def _parse(text: str) -> Control:
 
 
 def refuse_uncontrolled(edited: Collection[object], whole: Collection[str]) -> None:
-    """Raise ModelError if an edit changes no single scalar, or whole parts of the tensors `whole`."""
+    """Raise ModelError if an edit changes no single scalar, or changes rows or more of the tensors `whole`."""
     if whole:
         what = "a control needs edits of single scalars, but rows, tensors or quantised weights are changed"
         raise ModelError(what, min(whole), "leave out --control")
@@ -78,7 +78,7 @@ def refuse_uncontrolled(edited: Collection[object], whole: Collection[str]) -> N
 
 
 def compute_paper_count(scalars: int) -> int:
-    """Compute the number of outliers at the paper's rate, for down projections with so many scalars together.
+    """Compute the number of outliers at the paper's rate for down projections with `scalars` scalars.
 
     The paper prunes 7,000 of 6.7e9 parameters. The result is rounded to the nearest integer, and is 1 to
     `MOST_OUTLIERS`. It is 28 for the 26,542,080 scalars of the down projections of SmolLM2-135M.
@@ -88,7 +88,7 @@ def compute_paper_count(scalars: int) -> int:
 
 @dataclass(frozen=True)
 class HeldScalar:
-    """The mean products of one scalar of the base and its input, in the first token of a window and in all others."""
+    """The mean products of one scalar of the base and its input: at first tokens, and at all others."""
 
     coordinate: Coordinate
     first: float

@@ -126,7 +126,7 @@ class WindowFigures:
         rises, variances = near.estimate(product.read_inputs(numbers, tokens))
         found: set[int] = set()
         for number, limit, rise, variance in zip(numbers, most, rises, variances.mean(1).tolist(), strict=True):
-            if variance <= limit:  # a variance that is NaN is not
+            if variance <= limit:  # False for NaN
                 self._nll[number, scored] = self._nll[0, scored] + rise
                 self._kl[number, scored] = torch.nan
                 found.add(number)

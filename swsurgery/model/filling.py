@@ -1,7 +1,7 @@
-"""Fill buffers with stored weights: the tasks of a request, the memory that receives it, and its progress.
+"""Fill buffers with stored weights. A request (`Filling`) is split into tasks, each of which reads bytes of one shard.
 
-A request (`Filling`) may begin before the memory is free that it will fill: the bytes that are read until then wait in
-pieces of pinned memory. `lane.py` has the threads and the pieces.
+Reading may begin before the buffer of a request is free. Until then, the bytes wait in pieces of pinned memory.
+`lane.py` has the threads and the pieces.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import torch
 from swsurgery.model.slots import Part, Slot, compute_layout
 
 LEAST_PIECE, MOST_PIECE = 4 << 20, 48 << 20
-"""Minimum and maximum number of bytes that one task reads. A piece of pinned memory has MOST_PIECE bytes. The thread
-that computes must wait for a moment several times during each task, so there should be few."""
+"""Minimum and maximum number of bytes that one task reads. A piece of pinned memory has MOST_PIECE bytes. Each
+task interrupts the thread that computes several times, so few large tasks are better than many small ones."""
 
 LEAST_TASKS = 8
-"""Number of tasks into which a job is split if their sizes are then within these bounds."""
+"""Number of tasks into which a job is split if LEAST_PIECE and MOST_PIECE allow it."""
 
 PAGE = 4096
 """The size of a task is a multiple of this many bytes, except the last task of a run."""
@@ -31,7 +31,7 @@ new_event: Callable[..., torch.cuda.Event] = torch.cuda.Event
 
 
 class Job(NamedTuple):
-    """What is read into one buffer: the slots, and the device on which they are needed."""
+    """The slots that are read into one buffer, and the device that needs them."""
 
     slots: tuple[Slot, ...]
     device: torch.device
@@ -45,7 +45,7 @@ class Job(NamedTuple):
 class Buffer:
     """Memory on one device, for the slots of one job at a time.
 
-    For CUDA, `stream` copies bytes into the memory, and the event `used` occurs when the layer has been computed.
+    On CUDA, `stream` copies bytes into the memory, and the event `used` occurs when the layer has been computed.
     """
 
     def __init__(self, size: int, device: torch.device):
@@ -56,7 +56,7 @@ class Buffer:
         self.mark_used()
 
     def mark_used(self) -> None:
-        """Let later copies into the memory wait for the work that the device's current stream has been given."""
+        """Make later copies into the memory wait for the work that is queued in the device's current stream."""
         if self.used is not None:
             self.used.record(torch.cuda.current_stream(self.device))
 
@@ -76,7 +76,7 @@ class Task:
     dtype: torch.dtype
 
     def is_followed_by(self, other: Task) -> bool:
-        """Return True if this read and `other` can be one, because no value has to be converted."""
+        """Return True if this read and `other` can be one read: their bytes adjoin, and no value is converted."""
         same = self.part.file == other.part.file and self.part.dtype == self.dtype == other.dtype == other.part.dtype
         return same and (self.offset + self.size, self.begin + self.size) == (other.offset, other.begin)
 
@@ -87,11 +87,11 @@ class Task:
 
 
 Deliver = Callable[[Buffer | None], None]
-"""Moves the bytes of a task, which have been read, into a buffer. None as the buffer means that they are not needed."""
+"""Moves the bytes that a task has read into a buffer, or drops them if the buffer is None."""
 
 
 class Filling:
-    """A request to read the slots of a job, whose bytes go to a buffer that `assign` names now or later."""
+    """A request to read the slots of a job into a buffer, which `assign` may name after reading has begun."""
 
     def __init__(self, job: Job):
         self.job = job
@@ -105,7 +105,7 @@ class Filling:
         self._copied: torch.cuda.Event | None = None
 
     def assign(self, buffer: Buffer) -> None:
-        """Name the buffer. The copies into it wait until its former content has been used."""
+        """Name the buffer. Copies into it wait until its previous contents have been used."""
         if buffer.stream is not None and buffer.used is not None:
             buffer.stream.wait_event(buffer.used)
             self._copied = new_event()
@@ -118,7 +118,7 @@ class Filling:
             self._finish()
 
     def run(self, read: Callable[[], None], deliver: Deliver) -> None:
-        """Make one task: read its bytes, unless another task has failed, and deliver them as soon as they can be."""
+        """Run one task: read its bytes unless another task has failed, and deliver them once the buffer is known."""
         try:
             if self._error is None:
                 read()
@@ -144,7 +144,7 @@ class Filling:
         return self.buffer
 
     def cancel(self) -> None:
-        """Make the tasks that have not begun return at once, and drop the bytes that wait for a buffer."""
+        """Skip the tasks that have not begun, and drop the bytes that wait for a buffer."""
         with self._lock:
             self._error = self._error or _Cancelled()
             read, self._read = self._read, []
@@ -181,7 +181,7 @@ class _Cancelled(Exception):
 
 
 def _list_runs(slots: Sequence[Slot]) -> list[Task]:
-    """List the reads of all parts of the slots. Parts that adjoin in the shard and in the buffer are one read."""
+    """List the reads of all parts of the slots. Parts that adjoin in both shard and buffer are one read."""
     runs: list[Task] = []
     for slot, begin in zip(slots, compute_layout(slots)[0], strict=True):
         for part in slot.parts:

@@ -1,13 +1,13 @@
-"""Hold the products of some scalars at their means while a model runs (the control "mean").
+"""Replace the products of some scalars by their means while a model runs (the control "mean").
 
 A scalar at (row, col) of a linear layer adds scalar * x[col] to output channel `row` at each token. In a variant that
 holds the scalar, its weight is 0, and a constant is added to the channel instead: the mean of that product in the base.
-First tokens of windows have a mean of their own, because massive activations are on them; all other tokens share one.
-The first token is BOS if windows begin with BOS. arXiv:2503.22329 separates first tokens from others too, but averages
-only tokens whose activation is massive. Here each token counts, scored or not, so the constants depend on no threshold.
+First tokens of windows have a mean of their own, because massive activations usually occur there. All other tokens have
+a second mean. The first token is BOS if windows begin with BOS. arXiv:2503.22329 also separates first tokens, but
+averages only tokens whose activation is massive. Here each token counts, scored or not, so no threshold is needed.
 
 `LayeredModel` computes a layer for all windows of the base before those of another variant that changes the layer. So
-one reading of the weights is enough. The base runs on the text once before if the model cannot run layer by layer, and
+one reading of the weights is enough. The base runs on the text once before if the model cannot run layer by layer, or
 if the hidden states of all windows need too much memory for one reading. This module must not depend on metrics.
 """
 
@@ -42,7 +42,7 @@ class HeldMeans:
     """
 
     def __init__(self, model: LayeredModel, variants: Sequence[Variant], lengths: Sequence[int], windows: int):
-        """Raise Unrunnable if a held scalar is not in a linear layer of a decoder layer, or its input is not known."""
+        """Raise Unrunnable if a held scalar is not in a linear layer of its own inside a decoder layer."""
         self._variants, self._lengths, self._windows = variants, lengths, windows
         held = dict.fromkeys(coordinate for variant in variants for coordinate in sorted(variant.held))
         self._places = {coordinate: _find_linear(model, coordinate) for coordinate in held}
@@ -68,7 +68,7 @@ class HeldMeans:
         variants: Sequence[Variant],
         progress: Progress | None,
     ) -> Iterator[Outcomes]:
-        """Run variants on the sequences. `LayeredModel.run` does not divide the sequences of a run that is watched."""
+        """Run variants on the sequences, which `LayeredModel.run` does not divide if it is watched."""
         for numbers in model.divide(sequences, len(variants)):
             self._begin = numbers.start
             part = sequences[numbers.start : numbers.stop]
@@ -90,7 +90,7 @@ class HeldMeans:
         """Ignore the hidden states after a layer."""
 
     def list_held(self, variant: Variant) -> tuple[HeldScalar, ...]:
-        """Return the means of the scalars that a variant holds. A layer that runs several times gives one for each."""
+        """Return the means of the scalars that a variant holds, one pair for each layer that uses a scalar."""
         return tuple(
             HeldScalar(coordinate, *self._compute_means(coordinate, number))
             for coordinate in sorted(variant.held)
@@ -100,7 +100,7 @@ class HeldMeans:
     def _watch_inputs(
         self, hooks: ExitStack, here: Mapping[Coordinate, Place], number: int, rows: Sequence[tuple[int, int]]
     ) -> None:
-        """Add the products of all rows that are a window of the base."""
+        """Add up the products in the rows that are windows of the base."""
         chosen = [
             at for at, (sequence, variant) in enumerate(rows) if variant == 0 and self._begin + sequence < self._windows
         ]
@@ -124,7 +124,7 @@ class HeldMeans:
     def _replace_outputs(
         self, hooks: ExitStack, here: Mapping[Coordinate, Place], number: int, rows: Sequence[tuple[int, int]]
     ) -> None:
-        """Add the means of the scalars that the variant of these rows holds; all rows hold the same ones here."""
+        """Add the means of the held scalars. All rows of one call hold the same scalars."""
         held = self._variants[rows[0][1]].held
         tokens = self._lengths[self._begin + rows[0][0]]
 
@@ -176,7 +176,7 @@ def _find_row_and_column(module: nn.Module, place: Place) -> tuple[int, int]:
 def _split_tokens(values: Tensor, rows: int, tokens: int, coordinate: Coordinate) -> Tensor:
     """Return the input or output of a linear layer as (rows, tokens, channels): a view if `values` is contiguous.
 
-    Raises Unrunnable if it does not have one vector for each token, as in an expert that gets only some tokens.
+    Raises Unrunnable if `values` does not have one vector for each token. An expert, for example, gets fewer.
     """
     if values.numel() != rows * tokens * values.shape[-1]:
         what = "the mean of this scalar cannot be held, because its layer does not get every token"

@@ -1,8 +1,8 @@
-"""Read shards for one device, on threads of its own.
+"""Read shards for one device, on threads that serve only this device.
 
 On a CPU, shards are read directly into buffers. For CUDA, the bytes pass through pieces of pinned main memory, from
-which a CUDA stream of each buffer copies them to the device. The threads read ahead: as long as pieces are free, they
-read for buffers that are still in use.
+which the CUDA stream of each buffer copies them to the device. The threads read ahead: while pieces are free, they read
+for buffers that are still in use.
 """
 
 from __future__ import annotations
@@ -22,11 +22,10 @@ from swsurgery.storage.files import File, fill
 from swsurgery.threads import Pool
 
 SPARE_PIECES = 4
-"""Number of pieces of pinned memory that are copied to a device, or wait for it, while each thread fills another."""
+"""Number of pieces of pinned memory in addition to one for each thread. They are being copied, or wait to be copied."""
 
 MOST_READERS = 16
-"""Maximum number of threads that read shards for one device. They read cached files as fast as a device receives
-copies."""
+"""Maximum number of threads that read shards for one device."""
 
 
 def count_readers(devices: int = 1) -> int:
@@ -68,7 +67,7 @@ class Lane:
             self._pool.submit(self._work)
 
     def prepare(self, job: Job) -> Filling:
-        """Request a job whose buffer is not known yet, after the jobs that were requested before it."""
+        """Request a job whose buffer is not known yet. It is read after the jobs that were requested before."""
         request = Filling(job)
         if self._ahead:
             self._queue(request)
@@ -97,9 +96,10 @@ class Lane:
             self._work()
 
     def _work(self) -> None:
-        """Read the tasks in the queue, up to the entry None, which stays there for the other threads."""
+        """Run the tasks in the queue, up to the entry None, which stays in the queue for the other threads."""
         while True:
-            with self._order:  # otherwise tasks whose buffer is still in use could take the pieces of those before them
+            # Without the lock, a later task, whose buffer is in use, could take the last piece from an earlier task.
+            with self._order:
                 piece = self._free.get()
                 entry = self._tasks.get()
                 if entry is None:
@@ -124,7 +124,7 @@ class Lane:
 
 
 class HostPiece:
-    """Memory through which the bytes of one task at a time pass: pinned memory, or none if a buffer needs no copies."""
+    """Pinned memory for the bytes of one task at a time; no memory if tasks read into buffers directly."""
 
     def __init__(self, memory: Tensor | None = None, copied: torch.cuda.Event | None = None):
         self._memory, self._copied = memory, copied
@@ -144,7 +144,7 @@ class HostPiece:
         _read(task, files, self._host)
 
     def deliver(self, task: Task, buffer: Buffer) -> None:
-        """Start the copy of the task that was read to its place in a buffer."""
+        """Start copying the bytes of the task to their place in a buffer."""
         if self._memory is None or self._host is None:
             return
         with torch.cuda.stream(buffer.stream) if buffer.stream is not None else contextlib.nullcontext():

@@ -56,7 +56,7 @@ def find_largest_scalars(checkpoint: Checkpoint, count: int, excluded: Collectio
 
     Among equal magnitudes, a scalar of an earlier layer and of a lower flat index comes first. Values that are 0, NaN
     or infinite do not count. Memory holds one piece of a tensor and `count` scalars. Raises ArchitectureError and
-    ModelError as `list_down_tensors`, ModelError if there are fewer scalars, and ShardError if a file ends early.
+    ModelError as `list_down_tensors` does, ModelError if fewer scalars are left, and ShardError if a file ends early.
     """
     names = list(list_down_tensors(checkpoint))
     best = _Best(count)
@@ -102,7 +102,7 @@ class _Best:
 
 
 def _group_by_tensor(checkpoint: Checkpoint, coordinates: Collection[Coordinate]) -> defaultdict[str, list[int]]:
-    """Map each tensor to the flat indices of those of the coordinates that it contains."""
+    """Map each tensor to the flat indices of the coordinates that it contains."""
     found: defaultdict[str, list[int]] = defaultdict(list)
     for tensor, index in coordinates:
         if tensor in checkpoint.shapes:

@@ -1,4 +1,4 @@
-"""Estimate how the losses of variants differ from the base's, for variants that differ little, without their logits.
+"""Estimate the losses of variants that hardly differ from the base, without computing their logits.
 
 Let the logits be z = W n, with the output matrix W and its input n, and let p be the probabilities of the base. If a
 variant changes the input by d, the logits change by x = W d, and the loss -log p[target] changes by exactly
@@ -6,8 +6,8 @@ variant changes the input by d, the logits change by x = W d, and the loss -log 
     (sum of p W - W[target]) d  +  KL(base || variant),    KL = log of the mean of exp(x - mean of x), weighted by p.
 
 The first term needs one product with W for all variants together. The second is of second order in d. It is estimated
-from SAMPLES rows of W for each token, which are drawn with the probabilities p. The variance of the estimate follows
-from the two halves of the samples, so a caller can refuse an estimate that is too uncertain and compute the logits.
+from SAMPLES rows of W for each token, which are drawn with the probabilities p. The estimates from the two halves of
+the samples give its variance. A caller can compute the logits if the variance is too large.
 
 This module must not run a model or judge figures.
 """
@@ -21,11 +21,10 @@ import torch
 from torch import Tensor
 
 SAMPLES = 1024
-"""Number of rows of the output matrix that are drawn for each token; even."""
+"""Number of rows of the output matrix that are drawn for each token. It must be even."""
 
 TOKENS = 16
 """Number of tokens whose drawn rows are in memory at once: 42 MB for 640 channels."""
-
 
 LEAST_VOCABULARY = 64 * SAMPLES
 """Minimum number of logits of a token for which estimates save time."""
@@ -61,9 +60,9 @@ class Neighbourhood:
 
 
 def _draw(chances: Tensor, seed: int) -> Tensor:
-    """Draw SAMPLES numbers of rows for each token: an even comb through the cumulated probabilities.
+    """Draw SAMPLES row numbers for each token, at equal distances in the cumulated probabilities (systematic sampling).
 
-    The offset of the comb is random, so that the errors of different tokens cancel.
+    The first distance is random, so the errors of different tokens cancel on average.
     """
     cumulated = chances.cumsum(-1)
     offsets = torch.rand(len(chances), 1, generator=torch.Generator().manual_seed(seed))
@@ -74,7 +73,7 @@ def _draw(chances: Tensor, seed: int) -> Tensor:
 def _compute_kl(rises: Tensor) -> Tensor:
     """Estimate the KL (variants, tokens) from rises of sampled logits (variants, tokens, samples), in float64.
 
-    The factor corrects for the mean, which is that of the samples instead of that of the whole vocabulary.
+    The factor n / (n - 1) corrects for using the mean of n samples instead of the mean of the whole vocabulary.
     """
     samples = rises.shape[-1]
     centred = rises.double()

@@ -19,8 +19,8 @@ def divide_sequences(lengths: Sequence[int], size: int, count_rows: Callable[[in
     `lengths` contains the number of tokens of each sequence, and `size` is the size of the hidden states of a token in
     all variants, in bytes. A sequence that does not fit is a reading of its own. A layer computes up to
     `count_rows(length)` sequences of one length together. No reading divides such a batch, so all sums are rounded as
-    without a limit, and the results have the same bits. A batch is divided only if none ends in the second half of a
-    reading.
+    without a limit, and the results have the same bits. The exception is a reading in whose second half no batch ends:
+    it divides a batch.
     """
     most = max(1, STATES // size)
     last = {length: at for at, length in enumerate(lengths)}

@@ -20,8 +20,8 @@ ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBack
 input shape. The rest of a run of a 13.5 GB model takes no longer than that."""
 
 TOKENS_AT_ONCE, TOKENS_ON_GPU = 2048, 8192
-"""Maximum number of tokens in one call of a layer, and the same on a GPU that holds all weights: a small layer takes
-less time to compute there than Python needs to call it. Otherwise more tokens would need more memory."""
+"""Maximum number of tokens in one call of a layer. The second value is for a GPU that holds all weights: computing a
+small layer takes less time there than calling it. Otherwise, the first value saves memory."""
 
 COMFORTABLE_SHARE = 0.6
 """Maximum share of a device's free memory that float32 weights may fill. The rest is left for logits."""
@@ -37,7 +37,7 @@ def prepare_device(
 
     The thread that calls this function should be the one that runs the model, because each thread has a cuBLAS handle
     of its own. `placement` has the meaning of `load.open_model`. `dtype` is the dtype of the stored weights, and
-    `shapes` are the shapes of all stored tensors. Errors are ignored: `load.pick_device` meets them again.
+    `shapes` are the shapes of all stored tensors. Errors are ignored, because `load.pick_device` reports them later.
     """
     if name == "cpu":
         return
@@ -68,7 +68,7 @@ def is_comfortable(shapes: Collection[tuple[int, ...]], free: int) -> bool:
 
 @torch.no_grad()
 def load_kernels(device: torch.device, dtype: torch.dtype, shapes: Collection[tuple[int, ...]], most: int) -> None:
-    """Load the kernels of the usual operations of a decoder, which otherwise takes half a second during the first run.
+    """Load the kernels of the usual operations of a decoder. Otherwise, the first run takes half a second longer.
 
     Products of up to `most` tokens with each different matrix are computed, because the shapes decide which kernel
     multiplies.

@@ -23,11 +23,11 @@ from swsurgery.model.lane import Files, HostPiece, Lane, allocate_pinned_pieces,
 from swsurgery.model.slots import Slot
 
 JOBS_AHEAD = 2
-"""Number of jobs per device that are read while its buffers are in use, as far as the pinned memory suffices."""
+"""Maximum number of jobs per device that are read while its buffers are in use. Pinned memory may allow fewer."""
 
 
 class WeightReader:
-    """Reads shards into memory on several threads, which each device has for itself."""
+    """Reads shards into memory. Each device has reading threads of its own."""
 
     def __init__(self, devices: Sequence[torch.device]):
         self._files = Files()
@@ -40,7 +40,7 @@ class WeightReader:
         return self._lanes[job.device].prepare(job)
 
     def assign(self, request: Filling, buffer: Buffer) -> None:
-        """Name the buffer of a request. The copies wait until the buffer's former content has been used."""
+        """Name the buffer of a request. Copies wait until the previous contents of the buffer have been used."""
         self._lanes[buffer.device].assign(request, buffer)
 
     def request(self, job: Job, buffer: Buffer) -> Filling:
@@ -79,7 +79,7 @@ class Loader:
                 self._assign(Buffer(largest, device))
 
     def take(self) -> Buffer:
-        """Return the buffer of the next job. Raises the error of reading it."""
+        """Return the buffer of the next job once it is read. Raises CheckpointError if a shard cannot be read."""
         request = self._requests.pop(self._taken)
         self._taken += 1
         return request.wait()
@@ -109,7 +109,7 @@ class Loader:
 
 
 def _make_pieces(device: torch.device, threads: int) -> list[HostPiece]:
-    """Make the pieces of pinned memory of a CUDA device; none for a CPU."""
+    """Make the pieces of pinned memory for a CUDA device. A CPU needs none."""
     if device.type != "cuda":
         return []
     return [HostPiece(memory, new_event(blocking=True)) for memory in allocate_pinned_pieces(threads)]

@@ -1,7 +1,7 @@
-"""Contain what the causal tests of scalars, experts and parts share (confirm.py, confirm_experts.py, confirm_parts.py).
+"""Define what the causal tests of scalars, experts and parts share (confirm.py, confirm_experts.py, confirm_parts.py).
 
 A bar is the effect that zeroing a part of the model must exceed to count as critical. This module contains the options
-and limits of all tests, what runs them on a text, and the bar that random parts set. It chooses no parts.
+and limits of all tests, runs them on a text, and computes the bar from random parts. It must not choose parts.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ def refuse_untestable(candidates: Sequence[object], windows: Windows) -> None:
 def list_conditions(losses: Losses[Unit], families: Families) -> TestConditions:
     """Return how the losses were measured, and how many effects were tested.
 
-    The digest of the text and the protocol are unknown to the losses.
+    `Bench.run` adds the digest of the text and the protocol.
     """
     return TestConditions(
         base_perplexity=losses.base_perplexity,
@@ -171,9 +171,9 @@ def list_conditions(losses: Losses[Unit], families: Families) -> TestConditions:
 
 
 def report_too_few_windows(losses: Losses[Unit], say: Say) -> Say:
-    """Report that there are fewer than LEAST_WINDOWS windows without overlap, and what to do.
+    """Tell the user if there are fewer than LEAST_WINDOWS windows without overlap, and what to do.
 
-    Returns what receives further lines about effects: `say`, or nothing if there are too few windows.
+    Returns the function that receives further lines about effects: `say`, or `say_nothing` if windows are too few.
     """
     if losses.enough:
         return say
@@ -192,7 +192,7 @@ def compute_floors(
     texts: NullTexts[Unit],
     say: Say,
 ) -> tuple[float, float]:
-    """Compute the bar for the effect of a unit, and that for the effect of a group beyond its parts.
+    """Compute two bars: for the effect of a unit, and for the effect of a group beyond that of its parts.
 
     Both are logarithms of perplexity ratios, computed from the effects of the random units in `null`. The units in
     `crowded` were also zeroed with all candidates, `together`. The first bar is at least the outer fence of the effects
@@ -214,7 +214,7 @@ def compute_floors(
         for unit in crowded
         if alone[unit].low <= floor
     ]
-    # An infinite value means that the model without the candidates has infinite losses, and then shows nothing.
+    # An infinite value is ignored: the model without the candidates has infinite losses, so nothing can be compared.
     joint_floor = max([floor, *filter(math.isfinite, common)])
     if joint_floor > floor:
         say(f"{texts.joint}: only joint effects above x{format_number(compute_exp(joint_floor), 3)} count")

@@ -3,8 +3,8 @@
 The effects of a scan form two families. "alone" contains the effect of zeroing each scalar, part or expert alone.
 "jointly" contains what zeroing each of them adds to zeroing all others, and the effect of each joint set beyond its
 parts. In each family, Holm's method (S. Holm, A simple sequentially rejective multiple test procedure, 1979) limits the
-probability that any effect is called clear wrongly to that of a single test: with m effects left, intervals have an
-error of 5%/m. This module measures nothing itself.
+probability that chance makes any effect clear to that of a single test: with m effects left, intervals have the
+confidence 1 - 5%/m. This module decides, and must not run a model.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from swsurgery.scanning.losses import Losses, Unit
 Key = TypeVar("Key", bound=Hashable)
 
 Contrast = tuple[frozenset[Unit], Collection[frozenset[Unit]]]
-"""An effect that is tested: a group that is zeroed, and the parts whose effects are subtracted from the group's."""
+"""A tested effect: a group that is zeroed, and the parts of it whose effects are subtracted from that of the group."""
 
 
 def find_clear(
@@ -47,8 +47,8 @@ def find_unclear(
 ) -> frozenset[Unit]:
     """Find the units on which the measurement allows no verdict: all of them if there are too few windows.
 
-    Otherwise, these are the units whose effect would be clear if it were the only one of the scan, and is not in
-    `clear`. A longer text would decide.
+    Otherwise, these are the units that are not in `clear`, but whose effect would be clear if it were the only one of
+    the scan. A longer text can decide.
     """
     if not losses.enough:
         return frozenset(tests)
@@ -56,7 +56,7 @@ def find_unclear(
 
 
 def report_unclear(names: Collection[str], say: Say) -> None:
-    """Report the units without a verdict, and what to do."""
+    """Tell the user which units have no verdict, and what to do."""
     for name in names:
         say(f"no verdict: {name} (its effect would be clear if it were the only one tested: give a longer text)")
 
@@ -95,7 +95,7 @@ def find_joint_sets(
 
 
 def _divide(losses: Losses[Unit], group: frozenset[Unit], found: Sequence[frozenset[Unit]]) -> list[frozenset[Unit]]:
-    """Divide a group into the smaller joint sets in it, the strongest first, and the units that are in none of them."""
+    """Divide a group into smaller joint sets, the strongest first, and the single units that are in none of them."""
     parts: list[frozenset[Unit]] = []
     left = group
     for smaller in sorted(found, key=lambda known: -losses.gain(known).log):
@@ -127,9 +127,9 @@ def find_jointly(
 ) -> Jointly[Unit]:
     """Find the units that matter together with others, among `added`, and the joint sets among `pairs`.
 
-    `added` maps each unit to what it adds to the effect of all others. The group of all units that add clearly is one
-    more possible joint set, and is measured here. `others` is the number of effects of the family that are tested
-    elsewhere.
+    `added` maps each unit to what it adds to the effect of all others. The group of all units that clearly add an
+    effect is one more possible joint set, and is measured here. `others` is the number of effects of the family that
+    are tested elsewhere.
     """
     core = find_clear(losses, added, lambda unit: bar(frozenset({unit})), len(pairs) + 1 + others)
     groups = list(dict.fromkeys([*pairs, core] if len(core) > 1 else pairs))

@@ -26,7 +26,7 @@ MAX_PARTS = 12
 def list_parts(
     checkpoint: Checkpoint, activations: Sequence[PersistentActivation]
 ) -> tuple[list[ModelPart], list[str]]:
-    """List the parts that create activations, the largest values first, and why other causes cannot be zeroed.
+    """List the parts that create activations, the largest first, and the reasons why other causes cannot be zeroed.
 
     Side effects do not count, and neither do single scalars, which are candidates of the scan. The second list contains
     a line for each cause without a part.
@@ -63,11 +63,11 @@ _UNTESTABLE = {
     "layer": "its MLP was not observed, so it cannot be told from the attention",
     "several layers": "no layer adds a large share, so there is no single part to zero",
 }
-"""The causes that name no part, and why."""
+"""The reason why a cause of each of these kinds names no part."""
 
 
 def _list_causes(one: PersistentActivation) -> Iterator[Cause]:
-    """Yield what creates an activation, in each layer and each time that it appears; nothing for a side effect."""
+    """Yield the causes of an activation, in each layer and at each appearance. A side effect has none."""
     if not one.side:
         yield from one.causes
         yield from (time.made_by for time in one.appearances if time.made_by and time.made_by not in one.causes)

@@ -2,9 +2,9 @@
 
 The layers of Zamba with full attention use one transformer block, or a few in turn. A block is stored in the first
 layer that uses it. The output of its MLP is not added to the residual stream: a matrix of the layer multiplies it, and
-only the Mamba mixer of the layer reads the product. So an output that is massive in one channel exists within a layer,
-and cannot persist. It is judged by the layers that use the MLP: it recurs if the same channel of the same token is
-massive in most of them. It also counts if the Mamba mixer that reads it makes a state of the same token that persists.
+only the Mamba mixer of the layer reads the product. So an output that is massive in one channel exists only within a
+layer, and cannot persist. Instead, it recurs if the same channel of the same token is massive in most of the layers
+that use the MLP. It also counts if the Mamba mixer that reads it makes a state of the same token that persists.
 """
 
 from __future__ import annotations

@@ -32,8 +32,8 @@ robust standard deviations of the column. In SmolLM2-135M the columns of the six
 beyond four standard deviations that are not companions. Of 576 normally distributed values, 0.04 would be expected."""
 
 COMPARED_ERROR, RATIO_ERROR = 1e-5, 1e-8
-"""Largest standard error of an estimated loss, in nats per token: for groups that are only compared with bars, and for
-groups of which only the perplexity ratio is reported, with six digits. Bars are at least 0.049 nats."""
+"""Largest standard error of an estimated loss, in nats per token. The first is for groups that are only compared with
+bars, which are at least 0.048 nats. The second is for groups whose perplexity ratio is reported, with six digits."""
 
 Column = tuple[int, ExpertChoice, int]
 """The layer, expert and col that identify one column of a down projection."""

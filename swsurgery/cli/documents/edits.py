@@ -95,10 +95,10 @@ class HeldItem(DocumentPart):
 
 
 class ControlItem(DocumentPart):
-    """The base with another change than the edit, and 95% intervals; null if there are too few windows.
+    """The figures of the base with another change than the edit. Intervals are null if there are too few windows.
 
-    `ratio` is the perplexity divided by that of the base, and `edit_over_control` that of the patched model divided by
-    this one. `smallest_magnitude` exists for outliers and `held` for the mean.
+    `ratio` is the perplexity divided by that of the base. `edit_over_control` is the perplexity of the patched model
+    divided by that of the control. `smallest_magnitude` exists for outliers and `held` for the mean.
     """
 
     control: Literal["mean", "outliers"]

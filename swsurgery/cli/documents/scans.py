@@ -223,7 +223,7 @@ class RunConditions(DocumentPart):
 
 
 class FamiliesItem(DocumentPart):
-    """The numbers of effects that the scan tested, zeroed alone and jointly. Holm's method corrects for each number."""
+    """The numbers of effects that the scan tested, alone and jointly. Holm's method corrects for each number."""
 
     alone: int
     jointly: int
