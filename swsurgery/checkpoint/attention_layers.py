@@ -67,7 +67,9 @@ def find_attention_layers(config: Mapping[str, Any], layers: int) -> tuple[int, 
 
 
 def explain_unknown_layers(config: Mapping[str, Any], shapes: Shapes, layers: int) -> str | None:
-    """Explain why the layers with full attention of a hybrid model are not known; None if they are, or it is none.
+    """Explain why the layers with full attention of a hybrid model are unknown; None if they are known.
+
+    The result is also None if the model is no hybrid.
 
     A model counts as a hybrid if config.json names a kind of layer that is not known, or if some stored layers have
     attention and others have another mixer. `shapes` contains the shapes of the stored tensors by name.
@@ -125,7 +127,7 @@ def _list_divisions(section: Mapping[str, Any], layers: int) -> Iterator[tuple[i
 
 
 def _choose_named(names: Sequence[str], layers: int) -> tuple[int, ...]:
-    """Return the layers whose name stands for attention; none if no name stands for another mixer."""
+    """Return the layers whose names stand for attention, or no layers if no name stands for another mixer."""
     if not OTHER_MIXERS.intersection(names):
         return ()
     wanted = FULL_ATTENTION if FULL_ATTENTION.intersection(names) else LOCAL_ATTENTION

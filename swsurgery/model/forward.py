@@ -161,14 +161,14 @@ class LayeredModel:
                 self.weights.close()
 
     def divide(self, sequences: Sequence[Sequence[int]], variants: int) -> list[range]:
-        """Return the numbers of the sequences that `run` computes in each reading of the weights."""
+        """Return for each reading of the weights the numbers of the sequences that `run` computes in it."""
         if not self.is_layered(sequences[0]):
             return [range(len(sequences))]
         size = variants * self.model.config.get_text_config().hidden_size * self.dtype.itemsize
         return divide_sequences([len(ids) for ids in sequences], size, self.count_rows)
 
     def count_rows(self, tokens: int) -> int:
-        """Return how many rows of so many tokens a layer computes in one call."""
+        """Return how many rows of `tokens` tokens a layer computes in one call."""
         most = TOKENS_ON_GPU if self.device.type == "cuda" and self.weights is None else TOKENS_AT_ONCE
         return 1 if self._one_by_one else max(1, most // tokens)
 

@@ -77,10 +77,10 @@ class Head:
             return self.compute(ids[:1], rows[None])
 
     def find_last_product(self, ids: Sequence[int], hidden: Tensor) -> Tensor | None:
-        """Return the output matrix (vocabulary, channels) if its product with its input is all that makes the logits.
+        """Return the output matrix (vocabulary, channels) if the logits are its plain product with its input.
 
         `hidden` (tokens, channels) is the output of the last layer for some tokens. Returns None if the matrix is not a
-        plain one in float32 on the CPU, and if the model scales or caps the logits. The first call decides this.
+        plain one in float32 on the CPU, or if the model scales or caps the logits. The first call decides this.
         """
         rows = hidden[:PROBE_TOKENS]
         if (matrix := self._find_plain_matrix(rows)) is None:

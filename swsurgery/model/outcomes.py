@@ -27,7 +27,7 @@ class Peak(NamedTuple):
 
 
 class LastProduct(NamedTuple):
-    """The product of the output matrix with its inputs, if it is all that makes the logits of every variant.
+    """The product of the output matrix with its inputs, which gives the logits of every variant without further steps.
 
     `matrix` has the shape (vocabulary, channels). `read_inputs` computes the inputs (variants, tokens, channels) of
     some variants for some tokens.
@@ -80,7 +80,7 @@ class Logits:
         return self._read is not None
 
     def find_last_product(self) -> LastProduct | None:
-        """Return the product that makes the logits; None if it is unknown, or if the model does more to the logits."""
+        """Return the product that gives the logits; None if it is unknown, or if the model then changes the logits."""
         return self._find_last_product() if self._find_last_product else None
 
     def read(self, variants: Sequence[int], tokens: slice) -> Tensor:

@@ -327,7 +327,7 @@ class _Search:
     def _is_main(self, one: SharedRecurrence) -> bool:
         """Return False if the recurring output of a shared MLP is a side effect.
 
-        It is if it is less than `MIN_COMPANION_SHARE` of the MLP's largest output for any token in the unedited model.
+        A side effect is less than `MIN_COMPANION_SHARE` of the MLP's largest output in the unedited model.
         """
         largest = self._largest_shared.get((one.sequence, one.stored), one.main.record.largest)
         return abs(one.main.after) >= MIN_COMPANION_SHARE * largest

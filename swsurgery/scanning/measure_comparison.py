@@ -48,7 +48,7 @@ def compare_plans(
 ) -> Comparison:
     """Measure the base `checkpoint` and the checkpoint that each plan would write.
 
-    Every model runs as it is and with each of `roundings`. Variants share one pass over the weights, or a few if their
+    Every model runs as it is and with each of `roundings`. Variants share one reading of the weights, or a few if their
     hidden states need too much memory. With `tasks`, every model also answers their requests. With `controls`, the base
     also runs with the controls of each edit, which answer no tasks.
     """

@@ -24,7 +24,7 @@ embedding."""
 class PartName(NamedTuple):
     """Identifies a part of a model.
 
-    `number` is the row, the neuron whose column it is, or the channel. It is None for an expert. `layer` is None for
+    `number` is the number of the row, the neuron or the channel. It is None for an expert. `layer` is None for
     the embedding.
     """
 

@@ -68,7 +68,7 @@ class SharedRecurrence(NamedTuple):
 def find_shared_recurrences(
     traces: Sequence[Trace], rises: Iterable[Rise], uses: Mapping[int, int]
 ) -> Iterator[SharedRecurrence]:
-    """Find the outputs of shared MLPs that recur, or that a mixer reads which makes a state of `rises`.
+    """Find the outputs of shared MLPs that recur, and those from which a mixer makes a persistent state of `rises`.
 
     `uses` maps each layer that uses a shared MLP to the layer that stores it.
     """

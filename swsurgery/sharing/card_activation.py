@@ -18,7 +18,7 @@ from swsurgery.storage.numbers import NO_COMMAS, format_number
 _HEADER = ("model", "value", "layer", "token", "channel", "half reached in layer", "below half in layer")
 
 HALF = 0.5
-"""Share of the largest activation that counts as large: the card states from which to which layer it lasts."""
+"""Share of the largest activation that counts as large. The card states in which layers the activation is large."""
 
 
 def render_largest(record: Record) -> list[str]:
@@ -53,10 +53,10 @@ def _make_row(side: str, check: Mapping[str, Any]) -> list[str] | None:
 
 
 def _find_span(value: object, peak: object, by_layer: object) -> tuple[str, str]:
-    """Find where the largest hidden state of a layer reaches half of the largest of all, and where it is less again.
+    """Find the layers around the peak in which the largest hidden state is at least half of the peak.
 
-    Returns the first layer before the peak from which on half is reached, and the first layer after the peak with less.
-    A dash stands for what the check does not state.
+    Returns the first of these layers, and the first layer after them. A dash stands for a layer that the check does not
+    state.
     """
     if not isinstance(by_layer, list) or type(peak) is not int or not 0 <= peak < len(by_layer):
         return "-", "-"
