@@ -312,7 +312,8 @@ def list_lines(
     lines = [
         f"{name}, {len(CANDIDATES[name])} candidates, {len(windows)} windows of {options.window} tokens, {variants}",
         f"variants, float32. {machine}, torch {first['torch']}, transformers {first['transformers']}.",
-        f"{options.rounds} rounds in turn, medians in seconds. Sum and CPU time leave out imports.",
+        f"{options.rounds} rounds in turn, medians in seconds. The sum and the CPU time leave out imports, and include",
+        "a little other work.",
         f"The products of the output matrix alone take {limit:.1f} s{kind} at the rate of products of 256 rows",
         f"by 4,096 columns. The load average of the machine at the end was {os.getloadavg()[0]:.0f}.",
         "",
