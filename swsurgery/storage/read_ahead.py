@@ -35,25 +35,30 @@ def read_ahead(files: Sequence[File], threads: int) -> None:
                     piece = next(pieces, None)
                 if piece is None:
                     return
-                file, at = piece
+                file, begin, last = piece
                 with file.open() as opened:
-                    if not _is_cached(opened.fd, at):
-                        os.preadv(opened.fd, [buffer], at)
+                    if not (_is_cached(opened.fd, begin) and _is_cached(opened.fd, last)):
+                        os.preadv(opened.fd, [buffer], begin)
 
     with contextlib.suppress(RuntimeError, MemoryError):  # no thread can start
         for _ in range(threads):
             threading.Thread(target=read, name="swsurgery-read-ahead", daemon=True).start()
 
 
-def _list_pieces(files: Sequence[LocalFile]) -> Iterator[tuple[LocalFile, int]]:
-    """Yield each piece of each file, as (file, offset), until they fill their share of the memory."""
+def _list_pieces(files: Sequence[LocalFile]) -> Iterator[tuple[LocalFile, int, int]]:
+    """Yield each piece of each file, as (file, offset of its first byte, of its last one).
+
+    The pieces end when they fill their share of the memory. Looking at both ends matters: when another piece is read,
+    the kernel may read the first bytes of this one too.
+    """
     left = int(measure_available_memory() * MEMORY_SHARE)
     for file in files:
-        for at in range(0, file.size, READ_AHEAD):
+        size = file.size
+        for begin in range(0, size, READ_AHEAD):
             left -= READ_AHEAD
             if left < 0:
                 return
-            yield file, at
+            yield file, begin, min(begin + READ_AHEAD, size) - 1
 
 
 def _is_cached(descriptor: int, offset: int) -> bool:

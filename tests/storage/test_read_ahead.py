@@ -54,6 +54,15 @@ def test_a_cold_file_is_in_the_page_cache_afterwards(cold: Path, threads: int) -
     assert count_cached_pages(cold) == SIZE // mmap.PAGESIZE
 
 
+def test_a_piece_of_which_only_the_first_bytes_are_cached_is_read(cold: Path) -> None:
+    with cold.open("rb") as file:
+        os.pread(file.fileno(), 1, module.READ_AHEAD)
+    assert 0 < count_cached_pages(cold) < module.READ_AHEAD // mmap.PAGESIZE
+    read_ahead([LocalFile(cold)], 1)
+    wait_for_threads()
+    assert count_cached_pages(cold) == SIZE // mmap.PAGESIZE
+
+
 def test_cached_bytes_are_not_read_again(cold: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cold.read_bytes()
     sizes = []
@@ -66,7 +75,7 @@ def test_cached_bytes_are_not_read_again(cold: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(os, "preadv", record)
     read_ahead([LocalFile(cold)], 1)
     wait_for_threads()
-    assert sizes == [1] * 4  # one byte of each piece, to ask whether it is cached
+    assert sizes == [1] * 8  # the first and the last byte of each piece, to ask whether it is cached
 
 
 def test_no_more_is_read_than_a_share_of_the_memory(cold: Path, monkeypatch: pytest.MonkeyPatch) -> None:
