@@ -95,7 +95,8 @@ def test_a_signal_after_a_reversion_says_that_it_was_made(tmp_path, at, count):
     assert room.command()[0] == 0
     count += 3 if at == "storage.filesystem.remove_file" else 0  # the own files are removed first
     done = signalled(signal.SIGINT, at, "revert", room.base, number=count, after=True)
-    assert done.stderr.splitlines()[-1] == f"swsurgery: interrupted: SIGINT (the base was put back: {room.base})"
+    messages = [line for line in done.stderr.splitlines() if not line.endswith(" ...")]  # a slow machine shows progress
+    assert messages == [f"swsurgery: interrupted: SIGINT (the base was put back: {room.base})"]
     assert done.returncode == 130 and tree(room.base) == before
 
 
