@@ -97,8 +97,6 @@ def run_variants(
     model: LayeredModel, windows: Sequence[Sequence[int]], variants: Sequence[Variant], progress: Progress | None
 ) -> Iterator[Outcomes]:
     """Run variants on windows of a text. The first variant is the base; others may hold scalars at their means."""
-    if not any(variant.held for variant in variants):
-        return model.run(windows, variants, progress=progress)
     means = HeldMeans(model, variants, [len(window) for window in windows], len(windows))
     return means.run(model, windows, progress)
 
@@ -124,9 +122,6 @@ class ControlRun:
         """Run `variants` and the controls, which are the last variants. The first of `variants` is the base."""
         every = [*variants, *(one.variant for one in self.planned)]
         self._first = len(variants)
-        if not any(one.variant.held for one in self.planned):
-            yield from model.run(sequences, every, progress=progress)
-            return
         self._means = HeldMeans(model, every, [len(ids) for ids in sequences], self._windows)
         yield from self._means.run(model, sequences, progress)
 

@@ -54,6 +54,9 @@ class HeldMeans:
         self, model: LayeredModel, sequences: Sequence[Sequence[int]], progress: Progress | None
     ) -> Iterator[Outcomes]:
         """Run all variants on the sequences, in several readings of the weights if their states need much memory."""
+        if not self._places:  # nothing is held, so nothing has to be watched
+            yield from model.run(sequences, self._variants, progress=progress)
+            return
         parts = model.divide(sequences, len(self._variants))
         if len(parts) > 1 or not model.is_layered(sequences[0]):
             for _ in self._run_parts(model, sequences[: self._windows], self._variants[:1], progress):
