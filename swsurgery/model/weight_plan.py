@@ -224,9 +224,12 @@ class _Finder:
 
         Only down projections are known to be transposed, in all layers or in none.
         """
-        kind = (_NUMBER.sub("", name), _NUMBER.sub("", path), self._checkpoint.shapes[name])
+        shapes = self._checkpoint.shapes
+        kind = (_NUMBER.sub("", name), _NUMBER.sub("", path), shapes[name])
         if kind not in self._as_stored:
-            self._as_stored[kind] = _is_as_stored(name, path, self._checkpoint)
+            index = tuple(range(len(shapes[name])))
+            candidates = list_loaded_candidates(self._checkpoint.config, Coordinate(name, index), shapes)
+            self._as_stored[kind] = all(each.index == index for each in candidates if each.tensor == path)
         return self._as_stored[kind]
 
 
@@ -294,14 +297,6 @@ def _has_same_bytes(one: Sequence[Part], other: Sequence[Part]) -> bool:
         return False
     pairs = zip(one, other, strict=True)
     return all(has_same_bytes(a.file, b.file, a.size, a.offset, b.offset) for a, b in pairs)
-
-
-def _is_as_stored(name: str, path: str, checkpoint: Checkpoint) -> bool:
-    """Decide what `_Finder._is_as_stored` returns."""
-    index = tuple(range(len(checkpoint.shapes[name])))
-    candidates = list_loaded_candidates(checkpoint.config, Coordinate(name, index), checkpoint.shapes)
-    turned = [c for c in candidates if c.tensor == path and c.index != index]
-    return not turned
 
 
 def _locate_part(name: str, element: int, checkpoint: Checkpoint) -> Part:
