@@ -37,7 +37,7 @@ TOKENISED = (
     " The text is wiki.test.tokens, in which `<unk>` stands for rare words. The raw set has other perplexities, but "
     "the rows of one table can be compared."
 )
-"""What the page says if the text is not the raw set."""
+"""A sentence for the page if the text is not the raw set."""
 
 LENGTHS = (512, 2048)
 """Lengths of the windows in tokens."""

@@ -57,7 +57,7 @@ class Count(NamedTuple):
 
 
 class Trained(NamedTuple):
-    """What a scan finds in one trained model. `known` says whether the known super weight is found, if there is one."""
+    """The findings of a scan of one trained model. `known` says whether its known super weight is one of them."""
 
     name: str
     layers: int
@@ -70,7 +70,7 @@ class Trained(NamedTuple):
 
 @dataclass(frozen=True)
 class Run:
-    """What one call of recall.py measured, with `jobs` processes on `machine` (a sentence) in `seconds`."""
+    """The counts of one call of recall.py, which ran `jobs` processes for `seconds` on `machine`, a description."""
 
     machine: str
     jobs: int

@@ -122,7 +122,7 @@ class ControlResult:
 
     @property
     def meaning(self) -> str:
-        """What the figures mean for the edit, in a few words."""
+        """A few words about the edit that follow from the figures."""
         return _explain_mean(self) if self.control == "mean" else _explain_outliers(self)
 
     def to_json(self) -> dict[str, Any]:

@@ -31,7 +31,7 @@ SCORED = ("loglikelihood", "loglikelihood_rolling", "multiple_choice")
 
 
 TASK_ERRORS = (Exception, SystemExit)
-"""What the code of a task may raise. A function that calls sys.exit must not end the command as if it had passed."""
+"""Exceptions that the code of a task may raise. A task that calls sys.exit must not end the command with exit 0."""
 
 
 @dataclass(frozen=True)
