@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import tiny_checkpoint
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_checkpoint import TEXT, Pair, write_pair
 
@@ -148,6 +148,13 @@ def test_the_number_of_variants_is_limited_by_one_batch(pair: Pair, monkeypatch:
     assert model.divide(windows, 5) == [range(1000)]
 
 
+def test_the_whole_set_of_the_paper_takes_three_readings_of_a_7b_model() -> None:
+    """Base and patched in bfloat16, 4,096 channels: 2 GiB hold 64 windows of 2,048 tokens."""
+    parts = readings.divide_sequences([2048] * 166, 2 * 4096 * 2, lambda tokens: 1)
+    assert parts == [range(64), range(64, 128), range(128, 166)]
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     lengths=st.lists(st.integers(1, 40), min_size=1, max_size=60),
     most=st.integers(1, 300),

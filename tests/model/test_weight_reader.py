@@ -84,6 +84,20 @@ def test_parts_that_adjoin_are_read_together(tmp_path, offsets, stored, sizes) -
     ]
 
 
+@pytest.mark.parametrize(("files", "stored"), [("ab", (torch.int32,) * 2), ("aa", (torch.float32, torch.int32))])
+def test_parts_of_other_shards_or_dtypes_are_read_apart(tmp_path, files, stored) -> None:
+    """Their offsets in the shards and in the buffer adjoin."""
+    parts = [
+        Part("t", LocalFile(tmp_path / file), at, 1024, dtype, 0)
+        for file, at, dtype in zip(files, (0, 1024), stored, strict=True)
+    ]
+    owners = ((nn.Module(), "weight"),)
+    slots = [Slot(nn.Module(), "weight", torch.Size([256]), torch.int32, (part,), owners, False) for part in parts]
+    assert [(task.part, task.size) for task in Filling(Job(tuple(slots), CPU)).tasks] == [
+        (part, 1024) for part in parts
+    ]
+
+
 def test_a_job_without_slots_is_ready_at_once(reader) -> None:
     loader = Loader([Job((), CPU), Job((), CPU), Job((), CPU)], reader)
     for _ in range(3):
